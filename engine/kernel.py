@@ -1,0 +1,48 @@
+"""The hot update of one segment: every tensor's rule, results written in place, one graph for all like segments.
+
+A pure update followed by `copy_` into the old buffers inside one compiled function allocates nothing, so rules stay
+pure and memory stays flat. The kernel works on lists, not on names, so that all blocks of a model share it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from optimizers.core import Hyper, Rule, Slots, add
+
+Kernel = Callable[[Sequence[Tensor], Sequence[Slots], Sequence[Tensor], Sequence[Hyper], Tensor, Tensor | None], Tensor]
+
+
+def make_kernel(rules: Sequence[Rule], clip: str = "none") -> Kernel:
+    """A function (grads, slots, params, hypers, bound, seed) -> squared gradient norms, (len(rules),) float32.
+
+    It moves `params` and `slots` in place. `clip` says what the 0-d `bound` is: "none" ignores it, "tensor" scales
+    each gradient to at most this norm, "scale" multiplies every gradient by it. The norms are those before clipping.
+    `seed` (0-d int32) rounds bfloat16 parameters stochastically; None rounds to nearest.
+    """
+
+    def kernel(
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        params: Sequence[Tensor],
+        hypers: Sequence[Hyper],
+        bound: Tensor,
+        seed: Tensor | None,
+    ) -> Tensor:
+        squares = []
+        for i, (rule, g, old, p, hyper) in enumerate(zip(rules, grads, slots, params, hypers, strict=True)):
+            square = g.float().square().sum()
+            squares.append(square)
+            if clip == "tensor":
+                g = g.float() * (bound / (square.sqrt() + 1e-6)).clamp(max=1)
+            elif clip == "scale":
+                g = g.float() * bound
+            delta, new = rule.update(g, old, p, hyper)
+            p.copy_(add(p, delta, None if seed is None else seed + i))
+            for slot, value in new.items():
+                if value is not old[slot]:
+                    old[slot].copy_(value)
+        return torch.stack(squares)
+
+    return kernel

@@ -1,0 +1,32 @@
+"""AdamW: Kingma & Ba, arXiv 1412.6980; decoupled decay, Loshchilov & Hutter, arXiv 1711.05101.
+
+    m <- b1 m + (1 - b1) g                       v <- b2 v + (1 - b2) g^2
+    w <- (1 - lr wd) w - lr/(1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
+
+Equal to torch.optim.AdamW up to rounding. t counts a tensor's own active steps.
+"""
+
+import torch
+from torch import Tensor
+
+from .core import Hyper, Rule, Slots, clock, tick
+
+
+def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Rule:
+    """Slots: `exp_avg`, `exp_avg_sq` (p's shape, float32) and the scalars of `core.clock`."""
+    b1, b2 = betas
+
+    def init(p: Tensor) -> Slots:
+        zeros = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+        return {**clock(p), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
+        g, lr = g.float(), hyper["lr"]
+        scalars, c1, c2 = tick(slots, betas)
+        m = slots["exp_avg"].lerp(g, 1 - b1)
+        v = slots["exp_avg_sq"] * b2 + (1 - b2) * g * g
+        size, floor = lr * c2.sqrt() / c1, eps * c2.sqrt()  # both corrections as scalars: one division per entry
+        delta = -size * (m / (v.sqrt() + floor)) - lr * hyper["weight_decay"] * p.float()
+        return delta, {**scalars, "exp_avg": m, "exp_avg_sq": v}
+
+    return Rule("adamw", init, update)

@@ -1,0 +1,190 @@
+"""The contract of every optimizer here: pure functions over flat dicts of named tensors.
+
+A *rule* moves one tensor and knows nothing else: no names, no tree, no clock, no device. An *optimizer* moves a
+whole model: it says who owns which parameter, what is trainable now (`view`) and what changes between steps
+(`turn`). Nothing here mutates its inputs; the engine decides where results are written.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .random import Key, fold
+
+Params = dict[str, Tensor]
+Slots = dict[str, Tensor]
+State = dict[str, Slots]
+Hyper = Mapping[str, Tensor]  # "lr" and "weight_decay", 0-d float32: a Python float that changes would recompile
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done. The message says: name, got, expected, what to do."""
+
+
+class Rule(NamedTuple):
+    """How one tensor moves.
+
+    `init(p) -> slots` allocates state and draws nothing. `update(g, slots, p, hyper) -> (delta, slots)` is hot and
+    is compiled; the new value is `p + delta`. `refresh(g, slots, key) -> (slots, ok)` is cold and eager: every `gap`
+    steps it rebuilds what depends on this step's gradient (a subspace basis) before `update` sees it; `ok` is a 0-d
+    bool that is False where the gradient was unusable and the old slots were kept.
+    """
+
+    name: str
+    init: Callable[[Tensor], Slots]
+    update: Callable[[Tensor, Slots, Tensor, Hyper], tuple[Tensor, Slots]]
+    refresh: Callable[[Tensor, Slots, Key], tuple[Slots, Tensor]] | None = None
+    gap: int = 0
+
+
+class Group(NamedTuple):
+    """Parameters that share a rule and its scheduled numbers. `match` holds regular expressions, searched in names."""
+
+    name: str
+    rule: Rule
+    match: tuple[str, ...]
+    lr: float
+    weight_decay: float = 0.0
+    why: str = ""
+
+
+class Optimizer(NamedTuple):
+    """How a model moves. `owner` maps every parameter to its group; `period` 0 means that `turn` is never needed."""
+
+    owner: Mapping[str, Group]
+    init: Callable[[Params], State]
+    view: Callable[[Params, State], tuple[Params, Params]]
+    update: Callable[[Params, State, Params, Mapping[str, Hyper]], tuple[Params, State]]
+    due: Callable[[int], tuple[str, ...]]
+    turn: Callable[[Params, State, int, Key], tuple[Params, State]]
+    period: int = 0
+
+
+def route(names: Sequence[str], groups: Sequence[Group]) -> dict[str, Group]:
+    """Give every name to the first group with a matching pattern.
+
+    Raises UsageError where a pattern matches nothing, a group ends up with nothing, or a name has no owner.
+    """
+    owner: dict[str, Group] = {}
+    for name in names:
+        for group in groups:
+            if any(re.search(pattern, name) for pattern in group.match):
+                owner[name] = group
+                break
+        else:
+            raise UsageError(f"parameter {name!r} is owned by no rule; add a pattern that matches it to one of {[g.name for g in groups]}")
+    for group in groups:
+        for pattern in group.match:
+            if not any(re.search(pattern, name) for name in names):
+                raise UsageError(f"pattern {pattern!r} of {group.name!r} matches no parameter; the names look like {list(names)[:3]}")
+        if group not in owner.values():
+            raise UsageError(f"group {group.name!r} owns nothing: earlier groups already own all that {list(group.match)} match")
+    return owner
+
+
+def stagger(sizes: Mapping[str, int], gap: int) -> dict[str, int]:
+    """Offsets in [0, gap) that spread refreshes over steps so that each step does about the same work.
+
+    `sizes` is the cost of each refresh (elements). Tensors are laid end to end on a circle of `gap` steps.
+    """
+    total, seen, offsets = sum(sizes.values()), 0, {}
+    for name, size in sizes.items():
+        offsets[name] = seen * gap // total
+        seen += size
+    return offsets
+
+
+def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -> Optimizer:
+    """An optimizer that gives every parameter to one group and trains all of them all the time.
+
+    With `staggered`, bases are rebuilt a few tensors a step (all of them on step 0) instead of all on the same step.
+    Raises UsageError as `route` does, and where a rule cannot serve a tensor it is given.
+    """
+    owner = route(list(params), groups)
+    gapped = {n: params[n].numel() for n, g in owner.items() if g.rule.gap}
+    offsets = {n: 0 for n in gapped}
+    if staggered:
+        for gap in {owner[n].rule.gap: None for n in gapped}:
+            offsets |= stagger({n: s for n, s in gapped.items() if owner[n].rule.gap == gap}, gap)
+
+    def init(params: Params) -> State:
+        state = {}
+        for name, p in params.items():
+            try:
+                state[name] = owner[name].rule.init(p)
+            except UsageError as error:
+                raise UsageError(f"{name} {tuple(p.shape)}: {error}") from None
+        return state
+
+    def update(grads: Params, state: State, params: Params, hyper: Mapping[str, Hyper]) -> tuple[Params, State]:
+        new_params, new_state = dict(params), dict(state)
+        for name, g in grads.items():
+            group = owner[name]
+            delta, new_state[name] = group.rule.update(g, state[name], params[name], hyper[group.name])
+            new_params[name] = add(params[name], delta)
+        return new_params, new_state
+
+    def due(step: int) -> tuple[str, ...]:
+        return tuple(n for n, offset in offsets.items() if step == 0 or step % owner[n].rule.gap == offset)
+
+    return Optimizer(
+        owner, init, view=lambda params, state: (params, {}), update=update, due=due, turn=lambda params, state, step, key: (params, state)
+    )
+
+
+def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: Key) -> tuple[State, list[Tensor]]:
+    """Rebuild the bases that are due at `step` among `grads`; returns the state and one `ok` per rebuilt tensor."""
+    state, flags = dict(state), []
+    for name in optimizer.due(step):
+        if name in grads:
+            rebuild = optimizer.owner[name].rule.refresh
+            assert rebuild is not None
+            state[name], ok = rebuild(grads[name], state[name], fold(key, name, step))
+            flags.append(ok)
+    return state, flags
+
+
+def add(p: Tensor, delta: Tensor, seed: Tensor | None = None) -> Tensor:
+    """`p + delta` in p's dtype, computed in float32 and rounded once: to nearest, or stochastically given a `seed`.
+
+    `seed` is a 0-d int32. Stochastic rounding (p must be bfloat16) adds 16 random bits below the kept ones, so the
+    rounded value is right on average and updates smaller than half an ulp are not lost. The bits are a hash of
+    (seed, position), so nothing but the seed has to be saved, and the same graph gives the same bits anywhere.
+    """
+    new = p.float() + delta
+    if seed is None or p.dtype != torch.bfloat16:
+        return new.to(p.dtype)
+    position = torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape)
+    bits = (position * -1640531527) ^ seed  # 2^32 / golden ratio, as Knuth's multiplicative hash
+    for shift, factor in ((16, 2146121005), (15, -2073254261), (16, 1)):  # the "lowbias32" finalizer
+        bits = (bits ^ ((bits >> shift) & (0xFFFFFFFF >> shift))) * factor
+    rounded = ((new.view(torch.int32) + (bits & 0xFFFF)) & -65536).view(torch.float32)
+    return torch.where(new.isfinite(), rounded, new).to(p.dtype)
+
+
+def clock(p: Tensor) -> Slots:
+    """Scalar slots of a bias-corrected rule: `step`, and `bias_correction1`, `bias_correction2` = 1 - beta^step."""
+    return {
+        "step": p.new_zeros((), dtype=torch.float32),
+        "bias_correction1": p.new_zeros((), dtype=torch.float64),
+        "bias_correction2": p.new_zeros((), dtype=torch.float64),
+    }
+
+
+def tick(slots: Slots, betas: tuple[float, float]) -> tuple[Slots, Tensor, Tensor]:
+    """One active step: (scalar slots, 1 - beta1^t, 1 - beta2^t), the two as float32.
+
+    The corrections are carried by c <- beta c + (1 - beta), in float64, because a power of the step inside a fused
+    update is evaluated again for every vector of the tensor (1.6 times the time of a whole AdamW update).
+    """
+    c1 = slots["bias_correction1"] * betas[0] + (1 - betas[0])
+    c2 = slots["bias_correction2"] * betas[1] + (1 - betas[1])
+    return {"step": slots["step"] + 1, "bias_correction1": c1, "bias_correction2": c2}, c1.float(), c2.float()
+
+
+def state_bytes(slots: Slots) -> int:
+    """Bytes of one tensor's slots, scalars included."""
+    return sum(t.numel() * t.element_size() for t in slots.values())

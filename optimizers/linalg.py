@@ -1,0 +1,90 @@
+"""Linear algebra that rules share. The last two dimensions are the matrix; leading ones (expert stacks) are a batch.
+
+Which side is projected is decided here and nowhere else: the *shorter* one (GaLore's `proj_type="std"`), the column
+side of a square matrix. A basis is (..., short, r) with orthonormal columns, so it always costs short * r:
+
+    m >= n:  C = G Q    (m, r)    G ~ C Q^T            m < n:  C = Q^T G    (r, n)    G ~ Q C
+"""
+
+import torch
+from torch import Tensor
+
+from .core import UsageError
+from .random import Key, normal
+
+
+def tall(x: Tensor) -> bool:
+    """True where the columns are projected: at least as many rows as columns."""
+    return x.shape[-2] >= x.shape[-1]
+
+
+def project(g: Tensor, basis: Tensor) -> Tensor:
+    """Coordinates of g (..., m, n) in the basis: (..., m, r) or (..., r, n)."""
+    return g @ basis if tall(g) else basis.mT @ g
+
+
+def lift(c: Tensor, basis: Tensor, like: Tensor) -> Tensor:
+    """The matrix whose coordinates are c; `like` has the full shape and decides the side."""
+    return c @ basis.mT if tall(like) else basis @ c
+
+
+def rotate(c: Tensor, rotation: Tensor, like: Tensor) -> Tensor:
+    """Coordinates after a change of basis, `rotation` = Q_new^T Q_old (..., r, r)."""
+    return c @ rotation.mT if tall(like) else rotation @ c
+
+
+def check_rank(p: Tensor, rank: int) -> None:
+    """Raises UsageError unless p is at least a matrix and 1 <= rank <= its shorter side."""
+    if p.ndim < 2:
+        raise UsageError(f"a subspace rule needs a matrix, got shape {tuple(p.shape)}; give this tensor to another rule")
+    if not 1 <= rank <= min(p.shape[-2:]):
+        raise UsageError(
+            f"rank must lie in [1, {min(p.shape[-2:])}] for shape {tuple(p.shape)}, got {rank}; "
+            "lower the rank or give this tensor to another rule"
+        )
+
+
+def first_basis(p: Tensor, rank: int) -> Tensor:
+    """A valid basis before any gradient was seen: the first r coordinate directions, float32, contiguous."""
+    eye = torch.eye(min(p.shape[-2:]), rank, device=p.device)
+    return eye.expand(*p.shape[:-2], *eye.shape).contiguous()
+
+
+def svd_basis(g: Tensor, rank: int) -> Tensor:
+    """The leading r singular directions of g on its shorter side, exact, float32. Raises on non-finite g."""
+    u, _, vh = torch.linalg.svd(g.float(), full_matrices=False)
+    return (vh[..., :rank, :].mT if tall(g) else u[..., :rank]).contiguous()
+
+
+def range_basis(g: Tensor, rank: int, key: Key, oversample: int = 8, power: int = 1) -> Tensor:
+    """The same directions from a randomized range finder (Halko, Martinsson & Tropp 2011, alg. 4.4 and 5.1).
+
+    A Gaussian sketch of r + oversample directions and `power` subspace iterations: 2 + 2 power passes over g instead
+    of an SVD, orthonormalised on the short side only.
+    """
+    x = g.float().mT if tall(g) else g.float()  # short x long
+    short, long = x.shape[-2:]
+    y = x @ normal(key, (long, min(rank + oversample, short)), x.device)
+    for _ in range(power):
+        y = x @ (x.mT @ torch.linalg.qr(y)[0])
+    q = torch.linalg.qr(y)[0]
+    b = q.mT @ x
+    directions = torch.linalg.eigh((b @ b.mT).double())[1].flip(-1)[..., :rank].float()
+    return (q @ directions).contiguous()
+
+
+def random_basis(p: Tensor, rank: int, key: Key) -> Tensor:
+    """Orthonormal directions of the shorter side, uniform (Haar), the same for every matrix of a batch."""
+    q = torch.linalg.qr(normal(key, (min(p.shape[-2:]), rank), p.device))[0]
+    return q.expand(*p.shape[:-2], *q.shape).contiguous()
+
+
+def keep_unless_ok(new: Tensor, old: Tensor, ok: Tensor) -> Tensor:
+    """new where ok (0-d bool), else old; no host synchronisation."""
+    return torch.where(ok, new, old).contiguous()
+
+
+def usable(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(g with non-finite entries zeroed, 0-d bool: every entry is finite and one is not zero)."""
+    finite = g.isfinite()
+    return torch.where(finite, g, 0).float(), finite.all() & (g != 0).any()

@@ -1,0 +1,30 @@
+"""SGD with momentum (Polyak 1964; Nesterov's form as in Sutskever et al. 2013) and decoupled weight decay.
+
+    b <- mu b + g          w <- (1 - lr wd) w - lr (g + mu b  if nesterov else  b)
+
+Equal to torch.optim.SGD with dampening 0 at wd 0. torch couples the decay with the gradient; here it is decoupled,
+as in every other rule, so that a decay means the same under all of them.
+"""
+
+import torch
+from torch import Tensor
+
+from .core import Hyper, Rule, Slots, UsageError
+
+
+def sgd(momentum: float = 0.9, nesterov: bool = False) -> Rule:
+    """Slots: `momentum_buffer` (p's shape, float32), or none at momentum 0."""
+    if nesterov and not momentum:
+        raise UsageError("sgd: nesterov needs a momentum above 0; got momentum 0")
+
+    def init(p: Tensor) -> Slots:
+        return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)} if momentum else {}
+
+    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
+        g = g.float()
+        if momentum:
+            buffer = momentum * slots["momentum_buffer"] + g
+            g, slots = g + momentum * buffer if nesterov else buffer, {"momentum_buffer": buffer}
+        return -hyper["lr"] * (g + hyper["weight_decay"] * p.float()), slots
+
+    return Rule("sgd", init, update)
