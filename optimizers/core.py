@@ -30,7 +30,8 @@ class Rule(NamedTuple):
     `init(p) -> slots` allocates state and draws nothing. `update(g, slots, p, hyper) -> (delta, slots)` is hot and
     is compiled; the new value is `p + delta`. `refresh(g, slots, key) -> (slots, ok)` is cold and eager: every `gap`
     steps it rebuilds what depends on this step's gradient (a subspace basis) before `update` sees it; `ok` is a 0-d
-    bool that is False where the gradient was unusable and the old slots were kept.
+    bool that is False where the gradient was unusable and the old slots were kept. That is at step 0 and where
+    step mod gap = `offset`.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Rule(NamedTuple):
     update: Callable[[Tensor, Slots, Tensor, Hyper], tuple[Tensor, Slots]]
     refresh: Callable[[Tensor, Slots, Key], tuple[Slots, Tensor]] | None = None
     gap: int = 0
+    offset: int = 0
 
 
 class Group(NamedTuple):
@@ -105,10 +107,11 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
     """
     owner = route(list(params), groups)
     gapped = {n: params[n].numel() for n, g in owner.items() if g.rule.gap}
-    offsets = {n: 0 for n in gapped}
+    offsets = {n: owner[n].rule.offset for n in gapped}
     if staggered:
         for gap in {owner[n].rule.gap: None for n in gapped}:
-            offsets |= stagger({n: s for n, s in gapped.items() if owner[n].rule.gap == gap}, gap)
+            spread = stagger({n: s for n, s in gapped.items() if owner[n].rule.gap == gap}, gap)
+            offsets |= {n: (offset + offsets[n]) % gap for n, offset in spread.items()}
 
     def init(params: Params) -> State:
         state = {}
@@ -166,23 +169,22 @@ def add(p: Tensor, delta: Tensor, seed: Tensor | None = None) -> Tensor:
 
 
 def clock(p: Tensor) -> Slots:
-    """Scalar slots of a bias-corrected rule: `step`, and `bias_correction1`, `bias_correction2` = 1 - beta^step."""
-    return {
-        "step": p.new_zeros((), dtype=torch.float32),
-        "bias_correction1": p.new_zeros((), dtype=torch.float64),
-        "bias_correction2": p.new_zeros((), dtype=torch.float64),
-    }
+    """Slots that count: `step` (0-d float32) and `bias_correction` = (1 - beta1^step, 1 - beta2^step), float64.
+
+    The pair is one tensor because torch 2.13 loses, without a word, what a compiled function writes into a 0-d
+    float64 tensor on the CPU.
+    """
+    return {"step": p.new_zeros((), dtype=torch.float32), "bias_correction": p.new_zeros(2, dtype=torch.float64)}
 
 
 def tick(slots: Slots, betas: tuple[float, float]) -> tuple[Slots, Tensor, Tensor]:
-    """One active step: (scalar slots, 1 - beta1^t, 1 - beta2^t), the two as float32.
+    """One active step: (the slots of `clock`, 1 - beta1^t, 1 - beta2^t), the two as 0-d float32.
 
-    The corrections are carried by c <- beta c + (1 - beta), in float64, because a power of the step inside a fused
-    update is evaluated again for every vector of the tensor (1.6 times the time of a whole AdamW update).
+    The corrections are carried by c <- beta c + (1 - beta) because a power of the step inside a fused update is
+    evaluated again for every vector of the tensor (1.6 times the time of a whole AdamW update).
     """
-    c1 = slots["bias_correction1"] * betas[0] + (1 - betas[0])
-    c2 = slots["bias_correction2"] * betas[1] + (1 - betas[1])
-    return {"step": slots["step"] + 1, "bias_correction1": c1, "bias_correction2": c2}, c1.float(), c2.float()
+    c1, c2 = (c * beta + (1 - beta) for c, beta in zip(slots["bias_correction"], betas, strict=True))
+    return {"step": slots["step"] + 1, "bias_correction": torch.stack([c1, c2])}, c1.float(), c2.float()
 
 
 def state_bytes(slots: Slots) -> int:

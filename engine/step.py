@@ -1,0 +1,199 @@
+"""One optimizer step: gradients from a chain of segments, each segment updated in place as they appear.
+
+    mode "segments"   compiled segments and updates, gradients of one segment at a time
+    mode "step"       everything in one compiled graph
+    mode "off"        as "segments", uncompiled
+
+All three give the same numbers, with activations stored or recomputed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimizers.core import Hyper, Optimizer, Params, State, UsageError
+from optimizers.random import Key, fold
+
+from . import passes
+from .compile import compiled
+from .graph import Move, make_graph
+from .kernel import Kernel, make_kernel
+from .segments import Batch, Chain, Segment
+
+Mode = Literal["segments", "step", "off"]
+Clip = Literal["none", "tensor", "global", "previous"]
+
+
+class Result(NamedTuple):
+    """Of a step: mean loss and global gradient norm before clipping (0-d float32), and what they are made of."""
+
+    loss: Tensor
+    norm: Tensor
+    squares: list[tuple[tuple[str, ...], Tensor]]  # names of a segment's trained parameters, their squared norms
+    refreshed: list[Tensor]  # a 0-d bool per rebuilt basis: was the gradient usable
+
+    def first_nonfinite(self) -> str | None:
+        """The first parameter, in the order of backward, whose gradient is not finite."""
+        for names, squares in self.squares:
+            for name, finite in zip(names, squares.isfinite().tolist(), strict=True):
+                if not finite:
+                    return name
+        return None
+
+
+class Step:
+    """The training step of one model. Parameters and slots move in place; both may be read and saved between calls."""
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        params: Params,
+        optimizer: Optimizer,
+        state: State,
+        *,
+        mode: Mode = "segments",
+        recompute: bool = False,
+        clip: Clip = "none",
+        clip_norm: float = 1.0,
+        compute_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        logits: int = 2**24,
+        key: Key = Key(0),  # noqa: B008 (an int)
+    ) -> None:
+        """`params` holds the tensors to train under the full names that the segments use; `key` is that of all draws.
+
+        `clip`: "tensor" bounds each gradient's norm by `clip_norm`; "global" the norm of all, for which all must exist
+        before the first update; "previous" scales by what the previous step's global norm asks for, at no cost in
+        memory. Raises UsageError where segments and `params` do not name the same tensors.
+        """
+        self.chain = Chain(segments, mode == "segments", compute_dtype, logits)
+        if set(self.chain.names) != params.keys():
+            raise UsageError(
+                f"segments and parameters differ: only in segments {sorted(set(self.chain.names) - params.keys())[:3]}, "
+                f"only in parameters {sorted(params.keys() - set(self.chain.names))[:3]}"
+            )
+        self.params, self.optimizer, self.state = params, optimizer, state
+        self.mode, self.recompute, self.clip, self.key = mode, recompute, clip, key
+        self.stochastic_rounding = stochastic_rounding
+        self.device = next(iter(params.values())).device
+        self.clip_norm = torch.tensor(clip_norm, device=self.device)
+        self.previous = torch.tensor(0.0, device=self.device)  # the last step's norm; part of a run's state
+        self._kernels: dict[object, Kernel] = {}
+        self._graphs: dict[tuple[str, ...], Callable[..., tuple[Tensor, Params, Tensor | None]]] = {}
+
+    def __call__(self, batches: Sequence[Batch], hypers: Mapping[str, Hyper], step: int) -> Result:
+        """Train on `batches`, the micro-batches of step `step`; `hypers` holds 0-d lr and weight_decay by group."""
+        trainable, frozen = self.optimizer.view(self.params, self.state)
+        everything = {**frozen, **trainable}
+        for name, p in everything.items():
+            p.requires_grad_(name in trainable)
+        update = _Update(self, trainable, hypers, step)
+        scales = self._scales(batches)
+        if self.mode == "step":
+            loss = self._in_one_graph(batches, everything, scales, update)
+        else:
+            run = passes.recomputed if self.recompute else passes.stored
+            loss = run(self.chain, everything, batches, scales, update.use)
+        return update.finish(loss)
+
+    def _in_one_graph(self, batches: Sequence[Batch], params: Params, scales: list[Tensor], update: "_Update") -> Tensor:
+        """The last micro-batch's graph ends in the update, unless a basis must be rebuilt from the gradients first."""
+        names = tuple(update.trainable)
+        if names not in self._graphs:
+            kernel = make_kernel([self.optimizer.owner[n].rule for n in names], _scaling(self.clip))
+            bound = self.clip_norm if self.clip == "global" else None
+            self._graphs[names] = make_graph(self.chain, names, kernel, self.recompute, bound)
+        bare = {name: p.detach() for name, p in params.items()}
+        total, held, squares = torch.zeros_like(scales[0]), None, None
+        for j, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
+            move = update.move(names) if j == len(batches) - 1 and not update.due else None
+            loss, held, squares = self._graphs[names](bare, batch, scale, held, move)
+            total += loss
+        if squares is not None:
+            update.squares.append((names, squares))
+        elif held is not None:
+            update.use(held)
+        return total
+
+    def _scales(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """What each micro-batch's loss is multiplied by: a sum by 1 / valid targets of the step, a mean by 1 / count."""
+        if not self.chain.segments[-1].tokens:
+            return [torch.tensor(1 / len(batches), device=self.device)] * len(batches)
+        valid = torch.stack([(batch["targets"] >= 0).sum() for batch in batches]).sum()
+        return [(1 / valid.clamp(min=1)).float()] * len(batches)
+
+    def kernel(self, names: tuple[str, ...]) -> Kernel:
+        """The update of these parameters, shared by all sets of parameters with the same rules, shapes and dtypes."""
+        rules = tuple(self.optimizer.owner[name].rule for name in names)
+        kind = rules, tuple((self.params[n].shape, self.params[n].dtype) for n in names)
+        if kind not in self._kernels:
+            kernel = make_kernel(rules, _scaling(self.clip))
+            self._kernels[kind] = kernel if self.mode == "off" else compiled(kernel)
+        return self._kernels[kind]
+
+
+class _Update:
+    """The update half of one step: takes gradients as they come, rebuilds bases that are due, moves parameters."""
+
+    def __init__(self, step: Step, trainable: Params, hypers: Mapping[str, Hyper], count: int) -> None:
+        self.step, self.trainable, self.hypers, self.count = step, trainable, hypers, count
+        self.due = {name for name in step.optimizer.due(count) if name in trainable}
+        self.squares: list[tuple[tuple[str, ...], Tensor]] = []
+        self.refreshed: list[Tensor] = []
+        self.waiting: list[Params] = []
+        self.bound = step.clip_norm
+        if step.clip == "previous":  # before the first step there is no norm, and no clipping
+            self.bound = torch.where(step.previous > 0, step.clip_norm / (step.previous + 1e-6), 1.0).clamp(max=1)
+
+    def use(self, grads: Params) -> None:
+        """Move these parameters now; or, where the global norm decides by how much, once all gradients are here."""
+        if grads and self.step.clip == "global":
+            self.waiting.append(grads)
+        elif grads:
+            self._move(grads)
+
+    def finish(self, loss: Tensor) -> Result:
+        """Move what waited for the global norm, and report."""
+        if self.waiting:
+            squares = [g.float().square().sum() for grads in self.waiting for g in grads.values()]
+            self.bound = (self.step.clip_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1)
+            while self.waiting:
+                self._move(self.waiting.pop(0))
+        norm = torch.cat([s for _, s in self.squares]).sum().sqrt() if self.squares else torch.zeros_like(loss)
+        self.step.previous = norm
+        return Result(loss, norm, self.squares, self.refreshed)
+
+    @torch.no_grad()
+    def _move(self, grads: Params) -> None:
+        names, state = tuple(grads), self.step.state
+        for name in names:
+            if name in self.due:
+                rebuild = self.step.optimizer.owner[name].rule.refresh
+                assert rebuild is not None, name
+                slots, ok = rebuild(grads[name], state[name], fold(self.step.key, name, self.count))
+                for slot, value in slots.items():
+                    if value is not state[name][slot]:
+                        state[name][slot].copy_(value)
+                self.refreshed.append(ok)
+        move = self.move(names)
+        params = [self.trainable[name].detach() for name in names]
+        squares = self.step.kernel(names)(
+            [grads[name] for name in names], move.slots, params, move.hypers, move.bound, move.seed
+        )
+        self.squares.append((names, squares))
+
+    def move(self, names: tuple[str, ...]) -> Move:
+        """The kernel's arguments for these parameters."""
+        seed = None
+        if self.step.stochastic_rounding:  # low bits stay free for the kernel's own count
+            number = fold(self.step.key, "rounding", names[0], self.count) & 0x7FFF0000
+            seed = torch.tensor(number, dtype=torch.int32, device=self.step.device)
+        owner = self.step.optimizer.owner
+        return Move([self.step.state[n] for n in names], [self.hypers[owner[n].name] for n in names], self.bound, seed)
+
+
+def _scaling(clip: Clip) -> Literal["none", "tensor", "scale"]:
+    """What the kernel does with its bound."""
+    return "scale" if clip in ("global", "previous") else clip

@@ -1,0 +1,85 @@
+"""Text, one token at a time: which tokens may come next, and a draw among them from an explicit seed."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .llama import Llama
+
+
+def probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits (V,) -> the distribution (V,) to draw from, float32; the filters apply in the order temperature, k, p.
+
+    Temperature 0 puts everything on the first largest logit. `top_k` keeps exactly the k likeliest tokens (0: all),
+    `top_p` the fewest tokens that hold at least this much probability (1: all; at least one is always kept).
+    """
+    if temperature == 0:
+        return torch.zeros_like(logits, dtype=torch.float32).index_fill_(0, logits.argmax(), 1.0)
+    ordered, order = logits.float().sort(descending=True, stable=True)
+    p = ((ordered - ordered[0]) / temperature).softmax(0)
+    if top_k:
+        p[top_k:] = 0
+        p /= p.sum()
+    if top_p < 1:
+        p[p.cumsum(0) - p >= top_p] = 0  # what stands before this token is already enough
+    return torch.zeros_like(p).index_copy_(0, order, p / p.sum())
+
+
+def generate(
+    model: Llama,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos: int | None = None,
+) -> Iterator[int]:
+    """Continue `ids`, yielding new tokens until `max_new_tokens`, `eos` (not yielded) or the last position.
+
+    Draws come from a generator on the host: the same seed and probabilities give the same tokens on every device.
+    Raises ValueError before the first token where an argument cannot be met.
+    """
+    positions, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    for name, value, ok, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "a finite number of at least 0 (0: greedy)"),
+        ("top_k", top_k, top_k >= 0, "at least 0 (0: no limit)"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (1: no limit)"),
+    ):
+        if not ok:
+            raise ValueError(f"{name}: got {value}, expected {expected}")
+    if not 0 < len(ids) <= positions:
+        raise ValueError(
+            f"prompt: got {len(ids)} tokens, expected 1 to max_position_embeddings = {positions}; "
+            f"{'shorten it' if ids else 'give at least one token'}"
+        )
+    if strangers := [i for i in ids if not 0 <= i < vocab]:
+        raise ValueError(
+            f"prompt: got token {strangers[0]}, expected 0 to {vocab - 1} (vocab_size = {vocab}); "
+            "use the tokenizer the model was trained with"
+        )
+    new = min(max_new_tokens, positions - len(ids) + 1)  # the last new token is never read, so it needs no position
+    return _stream(model, ids, new, temperature, top_k, top_p, seed, eos)
+
+
+@torch.no_grad()
+def _stream(
+    model: Llama, ids: Sequence[int], new: int, temperature: float, top_k: int, top_p: float, seed: int, eos: int | None
+) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)
+    device = model.model.embed_tokens.weight.device
+    caches = model.caches(limit=len(ids) + new - 1)
+    unread = list(ids)
+    for _ in range(new):
+        x = model.model(torch.tensor([unread], device=device), caches)  # (1, T, C); T is 1 after the prompt
+        logits = model.logits(x[0, -1])
+        if not logits.isfinite().all():
+            raise FloatingPointError("logits: got nan or infinity, expected finite numbers; use an earlier checkpoint")
+        p = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = int(torch.multinomial(p.cpu(), 1, generator=generator))
+        if token == eos:
+            return
+        yield token
+        unread = [token]

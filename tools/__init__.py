@@ -1,0 +1,1 @@
+"""Commands around a training run, each `python -m tools.<name>`."""

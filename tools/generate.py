@@ -1,0 +1,164 @@
+"""Text from a checkpoint, as it is generated: `python -m tools.generate RUN --prompt "Once upon a time"`.
+
+Prints the prompt and its continuation. Exit codes: 0 done, 1 failure, 2 bad arguments, 5 unusable checkpoint,
+130 interrupted.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from engine.checkpoint import CONFIG, MODEL, TRAINER, CheckpointError, latest, restore_into
+from engine.tokenizer import load_tokenizer
+from models.llama import Llama, LlamaConfig
+from models.sampling import generate
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with a trained model."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's folder, of which the newest whole checkpoint is used, or one step-* folder."""
+    prompt: str = ""
+    """What to continue. Empty: start a new document."""
+    max_new_tokens: int = 256
+    """Stop after so many tokens, or at the end of the document, or at the model's last position."""
+    temperature: float = 0.8
+    """Below 1 is more predictable, above 1 less; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens that hold this much probability; 1: among all."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    checkpoint: int | None = None
+    """The step to use instead of the newest."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not where it was in training."""
+    device: str | None = None
+    """Default: cuda if there is one, else cpu."""
+
+
+def find(run: Path, step: int | None) -> Path:
+    """The checkpoint folder that RUN and --checkpoint mean; damaged ones that are passed over are named on stderr."""
+    if step is not None:
+        folder = run / f"step-{step:08d}"
+        if not folder.is_dir():
+            there = ", ".join(str(int(p.name[5:])) for p in sorted(run.glob("step-*")) if p.name[5:].isdigit())
+            raise ValueError(f"--checkpoint: got {step}, expected one of the steps in {run}: {there or 'it has none'}")
+        return folder
+    if (run / MODEL).is_file():
+        return run
+    newest = latest(run)
+    for path, why in newest.damaged:
+        print(f"skipped {path.name}: {why}", file=sys.stderr)
+    if newest.path is None:
+        raise ValueError(f"RUN: got {str(run)!r}, expected a folder of whole step-* checkpoints, or one of them")
+    return newest.path
+
+
+def load_model(folder: Path, device: torch.device) -> Llama:
+    """The model in a checkpoint folder, in the dtype it was saved in. Raises CheckpointError where it is not whole."""
+    try:
+        config = LlamaConfig.from_hf(_read_json(folder / CONFIG))
+        tensors = load_file(folder / MODEL)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to(next(iter(tensors.values())).dtype).to_empty(device=device)
+    restore_into(dict(model.named_parameters()), tensors)
+    return model.eval()
+
+
+def tokenizer_of(folder: Path) -> str:
+    """The tokenizer a checkpoint was trained with, as `load_tokenizer` takes it."""
+    config = _read_json(folder / TRAINER).get("config")
+    spec = config.get("tokenizer") if isinstance(config, dict) else None
+    if not isinstance(spec, str):
+        raise CheckpointError(f"{folder / TRAINER}: config.tokenizer: got {spec!r}, expected a text; give --tokenizer")
+    return spec
+
+
+def text(ids: Sequence[int], new: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of `ids` and then of `new`, in pieces that add up to the whole.
+
+    Tokens may hold parts of a character: what decodes to U+FFFD at the end is held back until more tokens complete
+    it. Everything is decoded together each time because a token's text can depend on those before it.
+    """
+    ids = list(ids)
+    shown = decode(ids).rstrip("\ufffd")
+    yield shown
+    for token in new:
+        ids.append(token)
+        stable = decode(ids).rstrip("\ufffd")
+        yield stable[len(shown) :]
+        shown = max(shown, stable, key=len)
+    yield decode(ids)[len(shown) :]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(Generate, args=argv, description=__doc__)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
+    try:
+        device = _device(args.device)
+        folder = find(args.run, args.checkpoint)
+        tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(folder))
+        model = load_model(folder, device)
+        ids = tokenizer.encode(args.prompt) or [tokenizer.eos]
+        new = generate(
+            model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, eos=tokenizer.eos
+        )
+        for piece in text(ids, new, tokenizer.decode):
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except CheckpointError as error:
+        return _fail(error, 5)
+    except ValueError as error:
+        return _fail(error, 2)
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        return _fail(error, 1)
+    return 0
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: got {name!r}, expected a device of this machine such as cpu: {reason}") from None
+    return device
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: got a {type(content).__name__}, expected an object")
+    return content
+
+
+def _fail(error: Exception, code: int) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
