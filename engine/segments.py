@@ -111,6 +111,20 @@ class Chain:
             total += loss.detach() * scale
         return total, gx.view_as(x), grads
 
+    @torch.no_grad()
+    def loss(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        """For evaluation: (summed loss, valid targets), or (mean loss, 1) where the chain's loss is a mean; 0-d."""
+        x: Tensor | None = None
+        for i in range(self.last):
+            x = self.forward(i, params, x, batch)
+        if x is None or not self.segments[-1].tokens:
+            loss = self.forward(self.last, params, x, batch)
+            return loss, torch.ones_like(loss)
+        flat, targets = x.flatten(0, -2), batch["targets"].flatten()
+        parts = self.slices(params, len(flat))
+        losses = [self.forward(self.last, params, flat[part], {"targets": targets[part]}) for part in parts]
+        return torch.stack(losses).sum(), (targets >= 0).sum()
+
     def slices(self, params: Params, tokens: int) -> list[slice]:
         """range(tokens) cut so that a slice has at most `logits` logits: equal slices where a nearby count allows it,
         because a ragged last one costs a graph of its own."""

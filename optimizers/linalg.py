@@ -6,6 +6,8 @@ side of a square matrix. A basis is (..., short, r) with orthonormal columns, so
     m >= n:  C = G Q    (m, r)    G ~ C Q^T            m < n:  C = Q^T G    (r, n)    G ~ Q C
 """
 
+from math import isqrt, pi
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,16 @@ from .random import Key, normal
 def tall(x: Tensor) -> bool:
     """True where the columns are projected: at least as many rows as columns."""
     return x.shape[-2] >= x.shape[-1]
+
+
+def shorter(x: Tensor) -> int:
+    """The dimension, -1 or -2, of x's shorter side: the one that is projected."""
+    return -1 if tall(x) else -2
+
+
+def longer(x: Tensor) -> int:
+    """The other one."""
+    return -2 if tall(x) else -1
 
 
 def project(g: Tensor, basis: Tensor) -> Tensor:
@@ -88,3 +100,71 @@ def usable(g: Tensor) -> tuple[Tensor, Tensor]:
     """(g with non-finite entries zeroed, 0-d bool: every entry is finite and one is not zero)."""
     finite = g.isfinite()
     return torch.where(finite, g, 0).float(), finite.all() & (g != 0).any()
+
+
+def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Rows (dim -2) or columns (dim -1) of x (..., m, n). `index` (..., r) may lack the leading dimensions."""
+    shape = list(x.shape)
+    shape[dim] = index.shape[-1]
+    return x.gather(dim, index.unsqueeze(-3 - dim).expand(shape))
+
+
+def spread(c: Tensor, index: Tensor, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(c with its r slices at `index` along `dim` of `like`'s shape and anything elsewhere, where they are).
+
+    A gather, which a compiler fuses with what follows; a scatter would need a buffer of `like`'s size.
+    """
+    order = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+    slot = index.new_full((*index.shape[:-1], like.shape[dim]), -1).scatter(-1, index, order)
+    return take(c, slot.clamp(min=0), dim), slot.unsqueeze(-3 - dim) >= 0
+
+
+def largest_divisor(n: int, bound: int) -> int:
+    """The largest divisor of n that is at most max(1, bound)."""
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return max(d for q in small for d in (q, n // q) if d <= max(1, bound))
+
+
+def flat(n: int, device: torch.device) -> Tensor:
+    """A symmetric orthogonal n x n matrix whose entries are at most sqrt(2/n): Sylvester's Hadamard matrix where n is
+    a power of two, else its Kronecker product with the Hartley matrix (cos + sin) of n's odd part."""
+    odd = n
+    while odd % 2 == 0:
+        odd //= 2
+    i = torch.arange(n, device=device)
+    bits = (i // odd).unsqueeze(1) & (i // odd)
+    for shift in (8, 4, 2, 1):  # the parity of the common bits
+        bits = bits ^ (bits >> shift)
+    angle = ((i % odd).unsqueeze(1) * (i % odd) % odd).double() * (2 * pi / odd)
+    return ((1 - 2 * (bits & 1)) * (angle.cos() + angle.sin()) / n**0.5).float()
+
+
+def transform(x: Tensor, dim: int) -> Tensor:
+    """flat(a) (x) flat(b) applied along dim -2 or -1, of size a b with a the largest divisor up to its square root.
+
+    A fast Walsh-Hadamard transform in two products where that is a power of two; orthonormal and its own inverse at
+    every size, for which zero-padding to a power of two would not do: what is left of the rows is not orthogonal.
+    """
+    *batch, m, n = x.shape
+    a = largest_divisor(x.shape[dim], isqrt(x.shape[dim]))
+    b = x.shape[dim] // a
+    left, right = flat(a, x.device), flat(b, x.device)
+    if dim == -1:
+        return (left @ (x.reshape(-1, b) @ right).view(-1, a, b)).view(x.shape)
+    x = (left @ x.reshape(*batch, a, b * n)).view(*batch, a, b, n)
+    return (right @ x).view(*batch, m, n)
+
+
+def mix(x: Tensor, signs: Tensor) -> Tensor:
+    """The shorter side of x with its signs flipped, then transformed. `signs` (short,)."""
+    return transform(x * (signs if tall(x) else signs.unsqueeze(-1)), shorter(x))
+
+
+def unmix(x: Tensor, signs: Tensor) -> Tensor:
+    """The inverse of `mix`."""
+    return transform(x, shorter(x)) * (signs if tall(x) else signs.unsqueeze(-1))
+
+
+def range_pays(g: Tensor, rank: int) -> bool:
+    """True where `range_basis` is much cheaper than `svd_basis`."""
+    return 2 * (rank + 8) <= min(g.shape[-2:])

@@ -1,0 +1,36 @@
+# make demo, make test, make lint, make clean. The first run builds .venv from $(PYTHON).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEMO   ?=
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help:            ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(READY)   ## Train a small model; more arguments: make demo DEMO="..."
+	$(BIN)/python -m recipes.baseline $(DEMO)
+
+test: $(READY)   ## Run the tests, without the slow ones
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)   ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:           ## Remove .venv, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: PYTHON=$(PYTHON) is '$$($(PYTHON) --version 2>/dev/null)', expected Python 3.11 or newer;" \
+	       "name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

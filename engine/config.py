@@ -1,0 +1,99 @@
+"""What every run can be told: the fields are the flags of every recipe, the strings under them their help."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from optimizers.core import UsageError
+
+from .schedule import Kind
+from .step import Clip, Mode
+
+Precision = Literal["fp32", "bf16", "bf16-sr", "mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Data, length, precision and bookkeeping of a run. Optimizer and model are the recipe's."""
+
+    data: tuple[str, ...] = ()
+    """Text to train on: .txt, .jsonl (field "text"), .parquet, each also as .gz, .xz or .bz2; folders and globs of
+    these; or a folder made by tools.prepare. Without it: the sources of this Python's standard library."""
+    validation: tuple[str, ...] = ()
+    """Held-out text. Without it, a part of the documents of `data` is set aside and never trained on."""
+    tokenizer: str = "byte"
+    """"byte", or a path: tokenizer.json, a vocab.bpe + encoder.json pair, a sentencepiece .model."""
+    sequence: int = 256
+    """Tokens per sequence."""
+    micro_batch: int = 8
+    """Sequences that go through the model at once."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    steps: int = 300
+    """Optimizer steps."""
+    warmup: int | None = None
+    """Steps of linear warm-up; by default a tenth of the steps."""
+    schedule: Kind = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    floor: float = 0.1
+    """Fraction of the peak learning rate at which the schedule ends."""
+    clip: Clip = "none"
+    """Gradient clipping: each tensor's norm; the global norm, for which all gradients must exist at once; or by what
+    the previous step's global norm asks for, which costs no memory."""
+    clip_norm: float = 1.0
+    """The norm to clip to."""
+    precision: Precision = "fp32"
+    """Weights and arithmetic in fp32 or bf16; bf16-sr rounds weight updates stochastically; mixed keeps fp32 weights
+    and computes in bf16. Second moments are fp32 always."""
+    compile: Mode = "segments"
+    """Compile segment by segment, the whole step as one graph, or not at all."""
+    recompute: bool = False
+    """Rebuild activations in backward instead of keeping them."""
+    seed: int = 0
+    """Of weights, data order and every random draw."""
+    out: Path | None = None
+    """Folder of the run; by default a new one under runs/."""
+    resume: str = "never"
+    """"auto" continues from the newest whole checkpoint in `out` or starts anew; a path continues from that one."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out text; one more follows the last step."""
+    eval_windows: int = 64
+    """Held-out sequences per evaluation."""
+    save_every: int = 1000
+    """Steps between checkpoints; one more follows the last step."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    log_every: int = 10
+    """Steps between log lines."""
+    device: str = "auto"
+    """"auto" takes CUDA where it is, else the CPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "micro_batch", "accumulation", "steps", "eval_every", "eval_windows", "save_every"):
+            self.at_least(name, 1)
+        for name in ("keep_last", "log_every"):
+            self.at_least(name, 1)
+        if not self.clip_norm > 0:
+            raise UsageError(f"--clip-norm must be above 0, got {self.clip_norm}")
+
+    def at_least(self, name: str, least: float) -> None:
+        """Raises UsageError where a field is below `least`."""
+        if not getattr(self, name) >= least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.steps // 10 if self.warmup is None else self.warmup
+
+    def plain(self) -> dict[str, Any]:
+        """Every field as JSON can hold it."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,187 @@
+"""Prepared tokens and the order they are trained in.
+
+A prepared folder holds `index.json` and, for each split, its tokens as one sequence cut into files: little-endian
+unsigned integers, every document followed by the tokenizer's `eos`. Here the files are only read, memory-mapped.
+
+Everything is a pure function of a position: there is no iterator state. A run that has consumed p windows goes on at p.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from optimizers.core import UsageError
+from optimizers.random import fold
+
+from .split import Side
+from .tokenizer import Tokenizer, load_tokenizer
+
+SCHEMA = 1
+INDEX = "index.json"
+IGNORED = -100
+ROUNDS = 6
+
+Ints = npt.NDArray[np.int64]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a prepared folder. Raises UsageError where there is none, or one this version cannot read."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        schema = index["schema"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"{folder}: no {INDEX}: not prepared, or not to the end; run python -m tools.prepare {folder}"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / INDEX}: damaged ({error!r}); delete the folder and prepare it again") from None
+    if schema != SCHEMA:
+        raise UsageError(f"{folder / INDEX}: got schema {schema}, expected {SCHEMA}; prepare the data again")
+    return dict(index)
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer a prepared folder was made with, which lies in it."""
+    made = read_index(folder)["tokenizer"]
+    tokenizer = load_tokenizer("byte" if made["spec"] == "byte" else str(folder / made["spec"]))
+    if tokenizer.fingerprint != made["fingerprint"]:
+        raise UsageError(
+            f"{folder}: got tokenizer {tokenizer.fingerprint}, expected {made['fingerprint']}; prepare the data again"
+        )
+    return tokenizer
+
+
+class Tokens:
+    """The tokens of one split of a prepared folder, as one long sequence.
+
+    `eos` and `vocab_size` are the tokenizer's; `fingerprint` is equal for equal tokens, however cut into files.
+    """
+
+    def __init__(self, folder: Path, split: Side = "train") -> None:
+        index = read_index(folder)
+        self.folder, self.split = folder, split
+        self.eos: int = index["tokenizer"]["eos"]
+        self.vocab_size: int = index["tokenizer"]["vocab_size"]
+        self.documents: int = index["splits"][split]["documents"]
+        self.fingerprint: str = index["splits"][split]["sha256"]
+        shards, dtype = index["splits"][split]["shards"], np.dtype(index["dtype"]).newbyteorder("<")
+        self._shards = [_map(folder / shard["file"], shard["tokens"], dtype) for shard in shards]
+        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> Ints:
+        """Tokens [start, stop), from as many shards as they lie in."""
+        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
+        inside = [(self._shards[k], int(self._starts[k])) for k in range(first, last + 1)]
+        return np.concatenate([shard[max(start - at, 0) : stop - at] for shard, at in inside]).astype(np.int64)
+
+    def windows(self, seq: int) -> int:
+        """How many windows of `seq` targets cover the split. Raises UsageError where not even one is full."""
+        if seq < 1:
+            raise UsageError(f"sequence length: got {seq}; expected at least 1")
+        if len(self) < seq + 1:
+            raise UsageError(
+                f"{self.folder}: sequence length: got {seq}, expected less than {self.split}'s {len(self):,} tokens; "
+                "use shorter sequences or more data (for validation, a larger validation_fraction)"
+            )
+        return -(-(len(self) - 1) // seq)
+
+    def window(self, k: int, seq: int) -> tuple[Ints, Ints]:
+        """Inputs (seq,) and targets (seq,) of window k: the targets are the inputs' successors.
+
+        Over all windows every token but the very first is a target exactly once: the last window ends where the split
+        ends, and of its targets those that the window before already had are IGNORED.
+        """
+        start = min(k * seq, len(self) - 1 - seq)
+        tokens = self.read(start, start + seq + 1)
+        inputs, targets = tokens[:-1], tokens[1:].copy()
+        targets[: k * seq - start] = IGNORED
+        return inputs, targets
+
+
+class Batches:
+    """Windows of `seq` tokens in a new pseudo-random order each epoch, forever.
+
+    The position is one integer, the windows consumed since the start of training: window i of the run is at place
+    i % n of epoch i // n. Batches may straddle epochs, so none is short and none is lost.
+    """
+
+    def __init__(self, tokens: Tokens, seq: int, seed: int = 0) -> None:
+        self.tokens, self.seq, self.seed = tokens, seq, seed
+        self.windows = tokens.windows(seq)
+
+    def which(self, position: int, size: int) -> Ints:
+        """The windows at `position`, ..., `position + size - 1`."""
+        epoch, place = divmod(position, self.windows)
+        chosen: list[Ints] = []
+        while size > 0:
+            places = np.arange(place, min(place + size, self.windows))
+            chosen.append(order(self.seed, epoch, self.windows, places))
+            epoch, place, size = epoch + 1, 0, size - len(places)
+        return np.concatenate(chosen)
+
+    def batch(self, position: int, size: int) -> dict[str, Tensor]:
+        """`input_ids` and `targets`, int64 (size, seq). Targets are shifted already; IGNORED ones count for nothing."""
+        return self._stack([self.tokens.window(int(k), self.seq) for k in self.which(position, size)])
+
+    def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """The first `limit` windows (all by default), once, in the order of the text, as batches like `batch`'s.
+
+        The last batch is filled up with rows without any target, so that every batch has the same shape.
+        """
+        count = self.windows if limit is None else min(limit, self.windows)
+        blank = np.full(self.seq, self.tokens.eos), np.full(self.seq, IGNORED)
+        for first in range(0, count, size):
+            rows = [self.tokens.window(k, self.seq) for k in range(first, min(first + size, count))]
+            yield self._stack(rows + [blank] * (size - len(rows)))
+
+    @staticmethod
+    def _stack(rows: list[tuple[Ints, Ints]]) -> dict[str, Tensor]:
+        inputs, targets = zip(*rows, strict=True)
+        return {"input_ids": torch.from_numpy(np.stack(inputs)), "targets": torch.from_numpy(np.stack(targets))}
+
+
+def order(seed: int, epoch: int, n: int, positions: Ints) -> Ints:
+    """The values at `positions` of a pseudo-random permutation of range(n) that (seed, epoch) alone determines.
+
+    A Feistel network permutes the next larger power of four; a value outside of range(n) is sent through again until
+    it falls inside ("cycle walking"). So no table is ever made, and any place is found at once.
+    """
+    half = max(3, ((n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    keys = [np.uint64(fold(seed, "order", epoch, r)) for r in range(ROUNDS)]
+
+    def permute(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = x >> shift, x & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return left << shift | right
+
+    values = permute(np.asarray(positions).astype(np.uint64))
+    while (outside := values >= n).any():
+        values[outside] = permute(values[outside])
+    return values.astype(np.int64)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    got, expected = path.stat().st_size if path.is_file() else 0, tokens * dtype.itemsize
+    if got != expected:
+        raise UsageError(
+            f"{path}: got {got:,} bytes, expected {expected:,}; delete the folder and prepare the data again"
+        )
+    return np.memmap(path, dtype, mode="r")

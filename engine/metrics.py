@@ -1,0 +1,75 @@
+"""Where numbers go: `metrics.jsonl`, TensorBoard events and a progress bar (plain lines when nobody watches)."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Sinks of one run. Records of steps that a resumed run does again are dropped when it starts."""
+
+    def __init__(self, out: Path, start: int, steps: int, console: Console) -> None:
+        self.out, self.steps, self.console = out, steps, console
+        self.history = [record for record in read(out) if record["step"] <= start] if start else []
+        (out / FILE).write_text("".join(json.dumps(r) + "\n" for r in self.history))
+        self.writer = SummaryWriter(out, purge_step=start + 1 if start else None)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("compiling", total=steps, completed=start, text="")
+        self.spoke = time.monotonic()
+
+    def __enter__(self) -> "Metrics":
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        self.writer.close()
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record scalars of `step` (steps done so far)."""
+        record = {"step": step, **scalars}
+        self.history.append(record)
+        with (self.out / FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def show(self, step: int, text: str = "") -> None:
+        """Move the bar; where there is none, print a line every ten seconds."""
+        fields = {"text": text} if text else {}
+        self.progress.update(self.task, completed=step, description="training", **fields)
+        if text and not self.console.is_terminal and (time.monotonic() - self.spoke > 10 or step == self.steps):
+            self.console.print(f"step {step}/{self.steps}  {text}", highlight=False)
+            self.spoke = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def read(out: Path) -> list[dict[str, float]]:
+    """The records of a run, oldest first; a last line cut short by a kill is left out."""
+    records = []
+    for line in (out / FILE).read_text().splitlines() if (out / FILE).exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,57 @@
+"""Train a LLaMA with a baseline: AdamW, SGD with momentum, Muon or GaLore.
+
+    python -m recipes.baseline                                              the demo, on the standard library's sources
+    python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from optimizers.adamw import adamw
+from optimizers.core import Group, Params
+from optimizers.galore import galore
+from optimizers.muon import muon
+from optimizers.sgd import sgd
+
+from .common import TrainConfig, groups_for, main, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline(TrainConfig):
+    optimizer: Literal["adamw", "sgd", "muon", "galore"] = "adamw"
+    """The rule for the matrices of attention and MLP; AdamW trains the rest."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """adamw, galore: decay of the two moments."""
+    momentum: float = 0.95
+    """sgd, muon."""
+    nesterov: bool = True
+    """sgd, muon."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """muon: scale of an update; match_rms_adamw lets AdamW's learning rates carry over."""
+    rank: int = 48
+    """galore: dimension of the subspace."""
+    update_proj_gap: int = 200
+    """galore: steps between two bases."""
+    scale: float = 0.25
+    """galore: what an update is multiplied by."""
+    moments: Literal["keep", "reset", "rotate"] = "keep"
+    """galore: what happens to the moments when the basis changes."""
+
+
+def groups(config: Baseline, params: Params) -> list[Group]:
+    """Who trains what."""
+    match config.optimizer:
+        case "adamw":
+            return groups_for(config, adamw(config.betas), "everything else")
+        case "sgd":
+            return groups_for(config, sgd(config.momentum, config.nesterov), "matrices of attention and MLP")
+        case "muon":
+            rule = muon(config.momentum, config.nesterov, adjust_lr=config.adjust_lr)
+            return groups_for(config, rule, "matrices of attention and MLP")
+        case "galore":
+            rule = galore(config.rank, config.update_proj_gap, config.scale, config.betas, moments=config.moments)
+            return groups_for(config, rule, "matrices of attention and MLP")
+
+
+if __name__ == "__main__":
+    main(Baseline, lambda config: train(config, "baseline", lambda params: groups(config, params)), __doc__)

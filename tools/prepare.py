@@ -1,0 +1,73 @@
+"""Turn text into tokens once, for any number of runs: `python -m tools.prepare OUT --data PATH... --tokenizer SPEC`.
+
+An interrupted run goes on where it was when it is started again; a finished one returns at once.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from engine.data import read_index
+from engine.shards import Request, prepare
+from optimizers.core import UsageError
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into tokens, once."""
+
+    out: tyro.conf.Positional[Path]
+    """The folder to make."""
+    request: Annotated[Request, tyro.conf.arg(name="")] = field(default_factory=Request)
+
+
+class Bar:
+    """Progress as a bar on a terminal, as a line every few seconds elsewhere."""
+
+    def __init__(self, console: Console, seconds: float = 5) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.console, self.seconds = console, seconds
+        self._tasks: dict[str, TaskID] = {}
+        self._next = monotonic() + seconds
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if not total:
+            self.console.print(what, highlight=False, soft_wrap=True)
+        elif self.console.is_terminal:
+            if what not in self._tasks:
+                self._tasks[what] = self.progress.add_task(what)
+            self.progress.update(self._tasks[what], completed=done, total=total)
+        elif monotonic() > self._next:
+            self.console.print(f"{what}: {done / total:.0%}", highlight=False)
+            self._next = monotonic() + self.seconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    config = tyro.cli(Prepare, args=arguments, description=__doc__)
+    bar = Bar(Console())
+    try:
+        with bar.progress:
+            out = prepare(config.out, config.request, bar)
+        index = read_index(out)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    for split, made in index["splits"].items():
+        bar(f"{split}: {made['tokens']:,} tokens, {made['documents']:,} documents, {len(made['shards'])} files", 0, 0)
+    bar(f"{out}: ready ({index['tokenizer']['fingerprint']}, vocabulary {index['tokenizer']['vocab_size']:,})", 0, 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
