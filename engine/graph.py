@@ -38,7 +38,7 @@ def make_graph(
     gradients are returned and the norms are; else the reverse. A `clip_norm` clips the global norm before the update.
     """
 
-    def pull(i: int, params: Params, x: Tensor | None, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def pull(i: int, params: Params, x: Tensor | None, batch: Batch) -> Any:
         own = {name: params[full] for name, full in chain.segments[i].names.items()}
         forward = chain.forwards[chain.segments[i].kind]
         if x is None:
@@ -55,7 +55,8 @@ def make_graph(
                 if full in names:
                     grads[full] = grads[full] + own[name] if full in grads else own[name]
 
-        x, kept = None, []
+        x: Tensor | None = None
+        kept: list[tuple[Tensor | None, Callable[..., Any] | None]] = []
         for i in range(chain.last):
             if recompute:
                 kept.append((x, None))

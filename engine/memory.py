@@ -12,7 +12,7 @@ def counted_peak(function: Callable[[], object]) -> int:
     """The most bytes of CPU tensors alive at once during `function`, above those alive when it starts."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
-    results = record.profiler.kineto_results  # type: ignore[union-attr]
+    results = record.profiler.kineto_results
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     alive = peak = 0
     for _, size in changes:

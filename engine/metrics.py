@@ -38,7 +38,9 @@ class Metrics:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
         self.writer.close()
 
@@ -53,8 +55,9 @@ class Metrics:
 
     def show(self, step: int, text: str = "") -> None:
         """Move the bar; where there is none, print a line every ten seconds."""
-        fields = {"text": text} if text else {}
-        self.progress.update(self.task, completed=step, description="training", **fields)
+        self.progress.update(self.task, completed=step, description="training")
+        if text:
+            self.progress.update(self.task, text=text)
         if text and not self.console.is_terminal and (time.monotonic() - self.spoke > 10 or step == self.steps):
             self.console.print(f"step {step}/{self.steps}  {text}", highlight=False)
             self.spoke = time.monotonic()

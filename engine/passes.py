@@ -42,7 +42,7 @@ def stored(chain: Chain, params: Params, batches: Sequence[Batch], scales: Seque
 
 
 def recomputed(chain: Chain, params: Params, batches: Sequence[Batch], scales: Sequence[Tensor], use: Use) -> Tensor:
-    """All micro-batches forward, keeping segment inputs only; then all of them backward through one segment after another.
+    """All micro-batches forward, keeping segment inputs only; then all backward, segment by segment.
 
     Gradients live for one segment whatever the number of micro-batches; the price is a second forward, and one
     residual stream per segment and micro-batch.

@@ -55,11 +55,11 @@ def cut(model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor] | None = No
     if loss is not None:
         objective = loss
         names = {name: name for name, _ in model.named_parameters()}
-        return [Whole(model, names, lambda module, x, batch: objective(module, batch))]
+        return [Whole(model, names, lambda module, _, batch: objective(module, batch))]
     if not hasattr(model, "segments"):
         raise UsageError(f"{type(model).__name__} has no segments(); pass loss=... to train it as a chain of one")
-    segments: Sequence[Segment] = model.segments()
-    return segments
+    own: Callable[[], Sequence[Segment]] = model.segments  # type: ignore[assignment]
+    return own()
 
 
 class Chain:
@@ -68,7 +68,7 @@ class Chain:
     def __init__(
         self, segments: Sequence[Segment], compile: bool, compute_dtype: torch.dtype | None = None, logits: int = 2**24
     ) -> None:
-        """`compute_dtype` casts parameters inside a forward. `logits` bounds the entries of the head's output alive at once."""
+        """`compute_dtype` casts parameters inside a forward. `logits` bounds the logits alive at once."""
         self.segments, self.logits, self.last = segments, logits, len(segments) - 1
         self.forwards: dict[str, Forward] = {}
         for segment in segments:
@@ -78,14 +78,18 @@ class Chain:
         self.names = list(dict.fromkeys(full for s in segments for full in s.names.values()))
         # A tied parameter belongs to the first segment that names it; later ones hand their gradient down to it.
         owner = {full: i for i in reversed(range(len(segments))) for full in segments[i].names.values()}
-        self.owned = [tuple(n for n in dict.fromkeys(s.names.values()) if owner[n] == i) for i, s in enumerate(segments)]
+        self.owned = [
+            tuple(n for n in dict.fromkeys(s.names.values()) if owner[n] == i) for i, s in enumerate(segments)
+        ]
 
     def forward(self, i: int, params: Params, x: Tensor | None, batch: Batch) -> Tensor:
         """Output of segment i; `params` holds the whole model's."""
         segment = self.segments[i]
         return self.forwards[segment.kind]({own: params[full] for own, full in segment.names.items()}, x, batch)
 
-    def backward(self, i: int, params: Params, out: Tensor, x: Tensor | None, g: Tensor) -> tuple[Tensor | None, Params]:
+    def backward(
+        self, i: int, params: Params, out: Tensor, x: Tensor | None, g: Tensor
+    ) -> tuple[Tensor | None, Params]:
         """Gradients of segment i with respect to its input x (a leaf, or None) and to its trainable parameters."""
         trainable = {n: params[n] for n in dict.fromkeys(self.segments[i].names.values()) if params[n].requires_grad}
         leaves = [*([x] if x is not None and x.requires_grad else []), *trainable.values()]
@@ -95,7 +99,9 @@ class Chain:
         gx = grads.pop(0) if len(grads) > len(trainable) else None
         return gx, dict(zip(trainable, grads, strict=True))
 
-    def head(self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor | None, Params]:
+    def head(
+        self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor
+    ) -> tuple[Tensor, Tensor | None, Params]:
         """Loss and gradients of the last segment, a slice of tokens at a time, so that not all logits exist at once."""
         if x is None or not self.segments[-1].tokens:
             x = leaf(x)
@@ -106,7 +112,9 @@ class Chain:
         for part in self.slices(params, len(flat)):
             piece = flat[part].requires_grad_()
             loss = self.forward(self.last, params, piece, {"targets": targets[part]})
-            gx[part], own = self.backward(self.last, params, loss, piece, scale)
+            g, own = self.backward(self.last, params, loss, piece, scale)
+            assert g is not None
+            gx[part] = g
             accumulate(grads, own)
             total += loss.detach() * scale
         return total, gx.view_as(x), grads
@@ -157,10 +165,10 @@ class _Caller(nn.Module):
         super().__init__()
         shared = {id(b): b for b in module.buffers()}
         bare = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
-        self.module, self.call = copy.deepcopy(module, {**shared, **bare}), call
+        self.module, self._call = copy.deepcopy(module, {**shared, **bare}), call
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
-        return self.call(self.module, x, batch)
+        return self._call(self.module, x, batch)
 
 
 def _make_forward(template: Segment, compute_dtype: torch.dtype | None) -> Forward:

@@ -71,8 +71,9 @@ class Step:
         self.chain = Chain(segments, mode == "segments", compute_dtype, logits)
         if set(self.chain.names) != params.keys():
             raise UsageError(
-                f"segments and parameters differ: only in segments {sorted(set(self.chain.names) - params.keys())[:3]}, "
-                f"only in parameters {sorted(params.keys() - set(self.chain.names))[:3]}"
+                "segments and parameters name different tensors: "
+                f"only the segments {sorted(set(self.chain.names) - params.keys())[:3]}, "
+                f"only the parameters {sorted(params.keys() - set(self.chain.names))[:3]}"
             )
         self.params, self.optimizer, self.state = params, optimizer, state
         self.mode, self.recompute, self.clip, self.key = mode, recompute, clip, key
@@ -98,7 +99,9 @@ class Step:
             loss = run(self.chain, everything, batches, scales, update.use)
         return update.finish(loss)
 
-    def _in_one_graph(self, batches: Sequence[Batch], params: Params, scales: list[Tensor], update: "_Update") -> Tensor:
+    def _in_one_graph(
+        self, batches: Sequence[Batch], params: Params, scales: list[Tensor], update: "_Update"
+    ) -> Tensor:
         """The last micro-batch's graph ends in the update, unless a basis must be rebuilt from the gradients first."""
         names = tuple(update.trainable)
         if names not in self._graphs:
@@ -118,7 +121,7 @@ class Step:
         return total
 
     def _scales(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """What each micro-batch's loss is multiplied by: a sum by 1 / valid targets of the step, a mean by 1 / count."""
+        """What each micro-batch's loss is multiplied by: 1 / valid targets of the step, or 1 / count of means."""
         if not self.chain.segments[-1].tokens:
             return [torch.tensor(1 / len(batches), device=self.device)] * len(batches)
         valid = torch.stack([(batch["targets"] >= 0).sum() for batch in batches]).sum()
@@ -196,4 +199,4 @@ class _Update:
 
 def _scaling(clip: Clip) -> Literal["none", "tensor", "scale"]:
     """What the kernel does with its bound."""
-    return "scale" if clip in ("global", "previous") else clip
+    return "none" if clip == "none" else "tensor" if clip == "tensor" else "scale"

@@ -63,7 +63,7 @@ class Trainer:
         self.signal: int | None = None
 
     def resume(self, saved: Checkpoint) -> list[str]:
-        """Continue from `saved`; returns settings that differ from its own. Raises CheckpointError where it cannot fit."""
+        """Continue from `saved`; returns settings that differ. Raises CheckpointError if it cannot fit."""
         was = saved.trainer["config"]
         if saved.trainer["data"] != self.data.tokens.fingerprint or was["sequence"] != self.config.sequence:
             raise CheckpointError(
@@ -85,7 +85,9 @@ class Trainer:
         self.done, self.position = saved.step, saved.trainer["position"]
         self.step.previous = torch.tensor(saved.trainer["previous_norm"], device=self.step.device)
         now = self.config.plain()
-        return [f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in ("resume", "out")]
+        return [
+            f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in ("resume", "out")
+        ]
 
     def train(self, metrics: Metrics) -> float:
         """Run to the last step. Raises NonFiniteError, Interrupted."""
@@ -135,7 +137,10 @@ class Trainer:
             "previous_norm": self.step.previous.item(),
             "config": self.config.plain(),
         }
-        rules = {"optimizer": ",".join(g.rule.name for g in self.groups.values()), "period": str(self.step.optimizer.period)}
+        rules = {
+            "optimizer": ",".join(g.rule.name for g in self.groups.values()),
+            "period": str(self.step.optimizer.period),
+        }
         path = checkpoint.save(
             self.out, self.done, self.step.params, self.step.state, trainer, self.model_config, rules
         )
@@ -166,8 +171,14 @@ class Trainer:
         for (step, result), loss, norm in zip(self.pending, losses, norms, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 name = result.first_nonfinite()
-                where = f"the first gradient that is not finite, in backward order, is that of {name}" if name else (
-                    "every gradient is finite, but their norm overflows" if math.isfinite(loss) else "every gradient is finite"
+                where = (
+                    f"the first gradient that is not finite, in backward order, is that of {name}"
+                    if name
+                    else (
+                        "every gradient is finite, but their norm overflows"
+                        if math.isfinite(loss)
+                        else "every gradient is finite"
+                    )
                 )
                 saved = checkpoint.latest(self.out).path
                 raise NonFiniteError(

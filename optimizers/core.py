@@ -77,13 +77,20 @@ def route(names: Sequence[str], groups: Sequence[Group]) -> dict[str, Group]:
                 owner[name] = group
                 break
         else:
-            raise UsageError(f"parameter {name!r} is owned by no rule; add a pattern that matches it to one of {[g.name for g in groups]}")
+            raise UsageError(
+                f"parameter {name!r} is owned by no rule; add a pattern that matches it to one of "
+                f"{[g.name for g in groups]}"
+            )
     for group in groups:
         for pattern in group.match:
             if not any(re.search(pattern, name) for name in names):
-                raise UsageError(f"pattern {pattern!r} of {group.name!r} matches no parameter; the names look like {list(names)[:3]}")
+                raise UsageError(
+                    f"pattern {pattern!r} of {group.name!r} matches no parameter; the names look like {list(names)[:3]}"
+                )
         if group not in owner.values():
-            raise UsageError(f"group {group.name!r} owns nothing: earlier groups already own all that {list(group.match)} match")
+            raise UsageError(
+                f"group {group.name!r} owns nothing: earlier groups already own all that {list(group.match)} match"
+            )
     return owner
 
 
@@ -134,7 +141,12 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
         return tuple(n for n, offset in offsets.items() if step == 0 or step % owner[n].rule.gap == offset)
 
     return Optimizer(
-        owner, init, view=lambda params, state: (params, {}), update=update, due=due, turn=lambda params, state, step, key: (params, state)
+        owner,
+        init,
+        view=lambda params, state: (params, {}),
+        update=update,
+        due=due,
+        turn=lambda params, state, step, key: (params, state),
     )
 
 

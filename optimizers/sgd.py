@@ -18,7 +18,11 @@ def sgd(momentum: float = 0.9, nesterov: bool = False) -> Rule:
         raise UsageError("sgd: nesterov needs a momentum above 0; got momentum 0")
 
     def init(p: Tensor) -> Slots:
-        return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)} if momentum else {}
+        return (
+            {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)}
+            if momentum
+            else {}
+        )
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
         g = g.float()

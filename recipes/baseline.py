@@ -1,11 +1,13 @@
 """Train a LLaMA with a baseline: AdamW, SGD with momentum, Muon or GaLore.
 
-    python -m recipes.baseline                                              the demo, on the standard library's sources
-    python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
+python -m recipes.baseline                                              the demo, on the standard library's sources
+python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
 """
 
 from dataclasses import dataclass
 from typing import Literal
+
+import tyro
 
 from optimizers.adamw import adamw
 from optimizers.core import Group, Params
@@ -54,4 +56,7 @@ def groups(config: Baseline, params: Params) -> list[Group]:
 
 
 if __name__ == "__main__":
-    main(Baseline, lambda config: train(config, "baseline", lambda params: groups(config, params)), __doc__)
+    main(
+        lambda: tyro.cli(Baseline, description=__doc__),
+        lambda config: train(config, "baseline", lambda params: groups(config, params)),
+    )

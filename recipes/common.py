@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Literal, TypeVar
 
 import torch
-import tyro
 from rich.console import Console
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from engine.trainer import Interrupted, NonFiniteError, Trainer
 from models.llama import PRESETS, Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.adamw import adamw
-from optimizers.core import Group, Params, Rule, UsageError, partition
+from optimizers.core import Group, Params, Rule, UsageError, partition, state_bytes
 from optimizers.random import fold
 from tools.plot import loss_curve
 from tools.prepare import Bar
@@ -110,7 +110,9 @@ def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str
 def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Group]]) -> None:
     """One run from start to picture and sample. Raises UsageError, CheckpointError, NonFiniteError, Interrupted."""
     console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     out, saved = _place(config, recipe, console)
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower", highlight=False)
@@ -120,7 +122,10 @@ def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Grou
     with bar.progress:
         folder = cached(Path("runs/.data"), Request(config.data, config.validation, config.tokenizer), bar)
     tokens, held_out, tokenizer = Tokens(folder), Tokens(folder, "validation"), tokenizer_of(folder)
-    batches, validation = Batches(tokens, config.sequence, fold(config.seed, "data")), Batches(held_out, config.sequence)
+    batches, validation = (
+        Batches(tokens, config.sequence, fold(config.seed, "data")),
+        Batches(held_out, config.sequence),
+    )
 
     shape = config.shape(tokenizer.vocab_size)
     model = Llama(shape, seed=config.seed).to(device)
@@ -209,18 +214,17 @@ def _finish(config: TrainConfig, trainer: Trainer, metrics: Metrics, loss: float
     curve = [(int(r["step"]), r["train/loss"]) for r in metrics.history if "train/loss" in r]
     points = [(int(r["step"]), r["eval/loss"]) for r in metrics.history if "eval/loss" in r]
     label = getattr(config, "optimizer", "loss")
-    as_lists = [tuple(map(list, zip(*rows, strict=True))) for rows in (curve, points)]
-    loss_curve(out / "loss.png", {label: as_lists[0]}, f"{out.name}: loss in nats per token", held_out={label: as_lists[1]})
+    trained, held_out = (([s for s, _ in rows], [y for _, y in rows]) for rows in (curve, points))
+    loss_curve(out / "loss.png", {label: trained}, f"{out.name}: loss in nats per token", held_out={label: held_out})
+    rate = median(r["train/tokens_per_second"] for r in metrics.history if "train/loss" in r)
     result = {
         "steps": trainer.done,
         "tokens": trainer.position * config.sequence,
         "eval/loss": loss,
         "curve": points,
-        "state_bytes": sum(t.numel() * t.element_size() for slots in trainer.step.state.values() for t in slots.values()),
+        "state_bytes": sum(map(state_bytes, trainer.step.state.values())),
         "peak_bytes": peak_bytes(trainer.step.device),
-        "tokens_per_second": sorted(r["train/tokens_per_second"] for r in metrics.history if "train/loss" in r)[
-            len(curve) // 2
-        ],
+        "seconds_per_step": config.micro_batch * config.accumulation * config.sequence / rate,
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(
@@ -234,10 +238,10 @@ def _finish(config: TrainConfig, trainer: Trainer, metrics: Metrics, loss: float
     )
 
 
-def main(config_type: type[Config], run: Callable[[Config], None], description: str | None) -> None:
+def main(parse: Callable[[], Config], run: Callable[[Config], None]) -> None:
     """Parse flags, run, and turn what can go wrong into one line and an exit code."""
     try:
-        run(tyro.cli(config_type, description=description))
+        run(parse())
     except UsageError as error:
         code, line = 2, f"error: {error}"
     except NonFiniteError as error:

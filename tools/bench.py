@@ -1,7 +1,7 @@
 """Measurements as ratios within one run: the machine's mood cancels, so the numbers can be compared.
 
-    python -m tools.bench step      training steps: this engine against torch.compile(model) + fused AdamW
-    python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True)
+python -m tools.bench step      training steps: this engine against torch.compile(model) + fused AdamW
+python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True)
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from engine.compile import compiled
-from engine.kernel import make_kernel
+from engine.kernel import Kernel, make_kernel
 from engine.memory import counted_peak
 from engine.segments import cut
 from engine.step import Step
@@ -91,7 +91,8 @@ def report(title: str, rows: list[dict[str, object]], config: StepBench | Update
     Console().print(table)
     if config.json:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        config.json.write_text(json.dumps({"torch": torch.__version__, "config": settings, "rows": rows}, indent=1) + "\n")
+        content = {"torch": torch.__version__, "config": settings, "rows": rows}
+        config.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def bench_step(config: StepBench) -> None:
@@ -154,7 +155,7 @@ def bench_update(config: UpdateBench) -> None:
     params = {n: torch.randn(s) * 0.02 for n, s in shapes.items()}
     grads = {n: torch.randn(s) * 0.01 for n, s in shapes.items()}
     base = "torch AdamW(foreach)"
-    sides: Sides = {base: library(params, grads, foreach=True), "torch AdamW(fused)": library(params, grads, fused=True)}
+    sides: Sides = {f"torch AdamW({how})": library(params, grads, how) for how in ("foreach", "fused")}
     sizes: dict[str, int] = {}
     for rule in (adamw(), sgd(), muon(), galore(config.rank)):
         sides[rule.name], sizes[rule.name] = updating(rule, params, grads)
@@ -177,12 +178,12 @@ def meta(shape: LlamaConfig) -> Llama:
         return Llama(shape)
 
 
-def library(params: dict[str, Tensor], grads: dict[str, Tensor], **how: bool) -> Callable[[], object]:
+def library(params: dict[str, Tensor], grads: dict[str, Tensor], how: str) -> Callable[[], object]:
     """torch.optim.AdamW on copies of the parameters."""
     copies = [p.clone() for p in params.values()]
     for copy, g in zip(copies, grads.values(), strict=True):
         copy.grad = g
-    return torch.optim.AdamW(copies, **how).step
+    return torch.optim.AdamW(copies, foreach=how == "foreach", fused=how == "fused").step
 
 
 def updating(rule: Rule, params: dict[str, Tensor], grads: dict[str, Tensor]) -> tuple[Callable[[], object], int]:
@@ -192,7 +193,8 @@ def updating(rule: Rule, params: dict[str, Tensor], grads: dict[str, Tensor]) ->
     layers: dict[str, list[str]] = {}
     for name in params:
         layers.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
-    calls, kernels, total = [], {}, 0
+    calls, total = [], 0
+    kernels: dict[object, Kernel] = {}
     hyper = {"lr": torch.tensor(1e-3), "weight_decay": torch.tensor(0.01)}
     for names in layers.values():
         rules = [rule if not matrix or "_proj" in n or "lm_head" in n else rest for n in names]
@@ -228,4 +230,4 @@ def main(config: StepBench | UpdateBench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))  # type: ignore[arg-type]
+    main(tyro.cli(Bench, description=__doc__))

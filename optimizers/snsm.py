@@ -1,0 +1,211 @@
+"""Subset-Norm and Subspace-Momentum: Nguyen & Nguyen, "Lean and Mean Adaptive Optimization via Subset-Norm and
+Subspace-Momentum with Convergence Guarantees", ICML 2025, arXiv 2411.07120.
+
+    every tau steps   P <- new projection of rank r (P P* = I);  m <- 0
+    m <- b1 m + (1 - b1) P G                       momentum, in the subspace
+    num = P* m + (G - P* P G) = G + P* (m - P G)   outside the subspace: plain SGD
+    v_i <- b2 v_i + (1 - b2) ||G_Psi_i||^2         one number a subset Psi_i of entries; v_i + ||G_Psi_i||^2 at b2 = 1
+    s = lr sqrt(1 - b2^t) / (1 - b1^t)             or lr, without bias correction
+    W <- W - s num / (sqrt(v) + eps);              W <- (1 - lr wd) W
+
+||.||^2 is a sum over the subset, not a mean: lr is some sqrt(subset size) times Adam's (the authors use ten times).
+
+Where this differs from the authors' code (the body of the paper was not at hand). A basis is new at 0-based t mod
+tau = 0 and m is cleared first, as in their later releases; `compat="sn-sm"` is their first one: 1-based t mod tau = 0,
+and m used once more, in coordinates of the old basis, before it is cleared. Bias correction also multiplies the part
+outside the subspace (10 times at t = 1); `correct_complement=False` stops that. Their SRHT and approximate SVD are not
+orthogonal projections; these are. A large G gets a randomized range finder, not an SVD (`proj_type="auto"`).
+`moments="rotate"` carries m over as P_new P_old* m (ours). v is always float32. A gradient that is not finite, or
+all zero, changes neither basis nor momentum at a refresh; `update` does not look, and the engine stops the run.
+"""
+
+from functools import partial
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .core import Hyper, Rule, Slots, UsageError, clock, tick
+from .random import Key, fold, permutation, signs
+
+
+def grouped(x: Tensor, subset: int | str) -> Tensor:
+    """x as (runs, run length) under an integer rule: runs of the flattened tensor, each as long as the largest divisor
+    of its size that is at most K, for K > 0, or sqrt(size)/q, for -q ("sqrt" is -1). Else x as it is."""
+    if isinstance(subset, str) and subset != "sqrt":
+        return x
+    k = -1 if subset == "sqrt" else int(subset)
+    return x.reshape(-1, linalg.largest_divisor(x.numel(), k if k > 0 else isqrt(x.numel()) // -k))
+
+
+def sums(g: Tensor, subset: int | str) -> Tensor:
+    """||G_Psi||^2, broadcastable against `grouped(g, subset)`. "heuristic" keeps an entry per index of the longer side:
+    one a row where m >= n, one a column elsewhere; leading dimensions are a batch, a vector is a column of rows."""
+    square = grouped(g, subset).square()
+    if subset == "coordinate" or (subset == "heuristic" and g.ndim < 2):
+        return square
+    return square.sum(linalg.shorter(g) if subset == "heuristic" else -1, keepdim=True)
+
+
+def snsm(
+    rank: int | None = None,
+    update_proj_gap: int = 200,
+    numerator: str = "subspace",
+    second: str = "subset",
+    subset: int | str = "heuristic",
+    proj_type: str = "auto",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    correct_bias: bool = True,
+    correct_complement: bool = True,
+    moments: str = "reset",
+    compat: str = "",
+    name: str = "snsm",
+) -> Rule:
+    """The family; its defaults are the recommended setting, with a rank of a quarter of the shorter side.
+
+    numerator  "gradient" (also at b1 = 0), "ema", "subspace"; second  "none" (also at b2 = 0), "coordinate", "subset"
+    subset     "heuristic", "sqrt", K, -q: see `grouped` and `sums`
+    proj_type  "svd", "range" (randomized), "auto" (the cheaper of the two), "random" (orthonormal) and "srht" act on
+               the shorter side; "topk" (by norm) and "uniform" pick whole slices along the longer one
+    moments    what a refresh does to m: "reset", "keep" (stale coordinates), "rotate"
+
+    Slots: `exp_avg` (in the subspace: r for the side that is projected), `exp_avg_sq`, `basis` (short, r) or `index`
+    (r) and, for srht, int8 `signs` (short), and those of `core.clock`. Raises UsageError for unknown options, and in
+    `init` for a subspace of a 1-D tensor or of a rank above its shorter side.
+    """
+    b1, b2 = betas
+    for option, got, known in (
+        ("numerator", numerator, ("gradient", "ema", "subspace")),
+        ("second", second, ("none", "coordinate", "subset")),
+        ("subset", subset if isinstance(subset, str) else "int", ("heuristic", "sqrt", "int")),
+        ("proj_type", proj_type, ("auto", "svd", "range", "random", "srht", "topk", "uniform")),
+        ("moments", moments, ("reset", "keep", "rotate")),
+        ("compat", compat, ("", "sn-sm")),
+    ):
+        if got not in known:
+            raise UsageError(f"{name}: {option} must be one of {known}, got {got!r}")
+    if subset == 0 or (correct_bias and b2 == 1):
+        raise UsageError(f"{name}: a subset size of 0, or betas[1] = 1 with correct_bias, means a step of zero; change it")
+    numerator, second = numerator if b1 else "gradient", second if b2 else "none"
+    subset = subset if second == "subset" else "coordinate"
+    srht, picked = proj_type == "srht", proj_type in ("topk", "uniform")
+    stale = numerator == "subspace" and compat == "sn-sm" and moments == "reset"
+    compressed = linalg.longer if picked else linalg.shorter  # the dimension that has r entries in the subspace
+
+    def rank_of(p: Tensor) -> int:
+        return max(1, min(p.shape[-2:], default=1) // 4) if rank is None else rank
+
+    def draw(g: Tensor, key: Key) -> Slots:
+        """A new projection for this gradient."""
+        r, short, long = rank_of(g), g.shape[linalg.shorter(g)], g.shape[linalg.longer(g)]
+        if srht:
+            chosen = permutation(fold(key, "index"), short, g.device)[:r]
+            return {"index": chosen.sort().values, "signs": signs(fold(key, "signs"), short, g.device).to(torch.int8)}
+        if proj_type == "topk":
+            return {"index": g.norm(dim=linalg.shorter(g)).topk(r).indices.sort().values}
+        if proj_type == "uniform":
+            return {"index": permutation(key, long, g.device)[:r].sort().values}
+        if proj_type == "random":
+            return {"basis": linalg.random_basis(g, r, key)}
+        exact = proj_type == "svd" or (proj_type == "auto" and not linalg.range_pays(g, r))
+        return {"basis": linalg.svd_basis(g, r) if exact else linalg.range_basis(g, r, key)}
+
+    def down(x: Tensor, slots: Slots) -> Tensor:
+        """P x."""
+        if "basis" in slots:
+            return linalg.project(x, slots["basis"])
+        return linalg.take(linalg.mix(x, slots["signs"]) if srht else x, slots["index"], compressed(x))
+
+    def up(c: Tensor, slots: Slots, like: Tensor) -> Tensor:
+        """P* c."""
+        if "basis" in slots:
+            return linalg.lift(c, slots["basis"], like)
+        spread, chosen = linalg.spread(c, slots["index"], compressed(like), like)
+        x = torch.where(chosen, spread, 0)
+        return linalg.unmix(x, slots["signs"]) if srht else x
+
+    def momentum(g: Tensor, slots: Slots, gain: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(gain P* m + G - P* P G, the new m)."""
+        m = slots["exp_avg"]
+        if "basis" in slots:  # two products with G's size
+            c = linalg.project(g, slots["basis"])
+            new = m.lerp(c, 1 - b1)
+            return g - linalg.lift(c - gain * new, slots["basis"], g), new
+        dim, index = compressed(g), slots["index"]  # chosen slices of G, or of its transform, become those of m
+        x = linalg.mix(g, slots["signs"]) if srht else g
+        spread, chosen = linalg.spread(m, index, dim, g)
+        num = torch.where(chosen, gain * spread.lerp(x, 1 - b1), x)
+        return linalg.unmix(num, slots["signs"]) if srht else num, m.lerp(linalg.take(x, index, dim), 1 - b1)
+
+    def init(p: Tensor) -> Slots:
+        slots, shape = clock(p), list(p.shape)
+        if numerator == "subspace":
+            r = rank_of(p)
+            linalg.check_rank(p, r)
+            shape[compressed(p)] = r
+            index = torch.arange(r, device=p.device)
+            if srht:
+                slots |= {"index": index, "signs": p.new_ones(min(p.shape[-2:]), dtype=torch.int8)}
+            elif picked:
+                slots["index"] = index.expand(*p.shape[:-2], r).contiguous() if proj_type == "topk" else index
+            else:
+                slots["basis"] = linalg.first_basis(p, r)
+            if stale:
+                slots["stale"] = p.new_zeros((), dtype=torch.float32)
+        if numerator != "gradient":
+            slots["exp_avg"] = p.new_zeros(shape, dtype=torch.float32)
+        if second != "none":
+            slots["exp_avg_sq"] = torch.zeros_like(sums(p, subset), dtype=torch.float32)
+        return slots
+
+    def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
+        g, ok = linalg.usable(g)
+        new = draw(g, key)
+        ok = ok & torch.stack([x.isfinite().all() for x in new.values()]).all()
+        new = {k: linalg.keep_unless_ok(x, slots[k], ok) for k, x in new.items()}
+        m = slots["exp_avg"]
+        if stale:
+            new["stale"] = (ok & (slots["step"] > 0)).float()
+        elif moments != "keep":
+            carried = down(up(m, slots, g), new) if moments == "rotate" else torch.zeros_like(m)
+            new["exp_avg"] = linalg.keep_unless_ok(carried, m, ok)
+        return slots | new, ok
+
+    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
+        g, lr, decay = g.float(), hyper["lr"], hyper["lr"] * hyper["weight_decay"]
+        ticked, c1, c2 = tick(slots, betas)
+        new, num, size = slots | ticked, g, lr
+        if correct_bias:
+            size = lr * c2.sqrt() / c1
+        if numerator == "ema":
+            num = new["exp_avg"] = slots["exp_avg"].lerp(g, 1 - b1)
+        elif numerator == "subspace":
+            apart = correct_bias and not correct_complement
+            num, new["exp_avg"] = momentum(g, slots, 1 / c1 if apart else 1.0)
+            size = size * c1 if apart else size
+            if stale:
+                new["exp_avg"] = new["exp_avg"] * (1 - slots["stale"])
+                new["stale"] = torch.zeros_like(slots["stale"])
+        scale = -(1 - decay) * size  # a factor, so that nothing of p's size is used twice and has to be stored
+        delta = scale * num
+        if second != "none":
+            w, v = sums(g, subset), slots["exp_avg_sq"]
+            v = new["exp_avg_sq"] = v + w if b2 == 1 else b2 * v + (1 - b2) * w
+            delta = (grouped(num, subset) * (scale / (v.sqrt() + eps))).view(p.shape)
+        return delta - decay * p.float(), new
+
+    if numerator != "subspace":
+        return Rule(name, init, update)
+    return Rule(name, init, update, refresh, update_proj_gap, offset=update_proj_gap - 1 if compat == "sn-sm" else 0)
+
+
+# The paper's names; where they share a setting it is the default above.
+adam_sn = partial(snsm, name="adam_sn", numerator="ema")
+adagrad_sn = partial(snsm, name="adagrad_sn", numerator="ema", betas=(0.9, 1.0), correct_bias=False)
+rmsprop_sn = partial(snsm, name="rmsprop_sn", numerator="gradient", betas=(0.0, 0.999), correct_bias=False)
+adam_snsm = partial(snsm, 128, name="adam_snsm", proj_type="svd")
+adagrad_snsm = partial(snsm, 128, name="adagrad_snsm", proj_type="svd", betas=(0.9, 1.0), correct_bias=False)
+sgd_sm = partial(snsm, 128, name="sgd_sm", proj_type="svd", second="none", betas=(0.9, 0.0), correct_bias=False)
+adam_sm = partial(snsm, 128, name="adam_sm", proj_type="svd", second="coordinate")
