@@ -12,8 +12,8 @@ DEMO   ?=
 help:            ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(READY)   ## Train a small model; more arguments: make demo DEMO="..."
-	$(BIN)/python -m recipes.baseline $(DEMO)
+demo: $(READY)   ## Train a small model with SNSM and with AdamW, in about 5 minutes
+	$(BIN)/python -m recipes.demo $(DEMO)
 
 test: $(READY)   ## Run the tests, without the slow ones
 	$(BIN)/python -m pytest -q

@@ -89,7 +89,7 @@ class TrainConfig(RunConfig):
             raise UsageError(str(error)) from None
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config")
 
 
 def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str] = (MATRICES,)) -> list[Group]:

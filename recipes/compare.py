@@ -3,7 +3,9 @@
     python -m recipes.compare OUT \\
         --methods "adamw @ 5e-4,1e-3,2e-3,4e-3 = baseline --optimizer adamw" \\
                   "snsm @ 5e-3,1e-2,2e-2,4e-2 = snsm demo --rest-lr 2e-3" \\
-        --seeds 0 1 --flags "--data corpus/*.jsonl.xz --steps 1000"
+        --seeds 0 1 -- --data corpus --steps 1000
+
+What follows the lone -- goes to every run: model, data, steps and so on.
 
 A method is `name @ learning rates = recipe and its flags`. Every rate runs with the first seed; the best of them also
 runs with the others. A cell is one run of a recipe in a process of its own; finished ones are kept in OUT/cells.json
@@ -40,8 +42,6 @@ class Compare:
     """Each "name @ lr,lr,... = recipe and its flags"."""
     seeds: tuple[int, ...] = (0,)
     """The first tunes the learning rate; the best rate runs with all of them."""
-    flags: str = ""
-    """Flags for every run: model, data, steps and so on."""
     reference: str = ""
     """The method whose final loss the others' steps are counted to; by default the first."""
     title: str = "held-out loss"
@@ -67,9 +67,9 @@ def parse(text: str) -> Method:
     return method
 
 
-def run(config: Compare, method: Method, lr: float, seed: int, console: Console) -> Cell:
+def run(config: Compare, common: list[str], method: Method, lr: float, seed: int, console: Console) -> Cell:
     """One cell: from the file if it is there, else by running it. A run that diverged counts as an infinite loss."""
-    command = [*method.command, *shlex.split(config.flags)]
+    command = [*method.command, *common]
     key = shlex.join([*command, "--lr", f"{lr:g}", "--seed", str(seed)])
     cells = load(config.out)
     if key in cells:
@@ -154,8 +154,8 @@ def table(rows: Sequence[Row], reference: str, tried: dict[str, list[tuple[float
     return "\n".join(lines) + "\n"
 
 
-def compare(config: Compare, console: Console) -> None:
-    """Run what is missing, then write table.md and curves.png. Raises UsageError."""
+def compare(config: Compare, common: list[str], console: Console) -> None:
+    """Run what is missing, each with `common` flags, then write table.md and curves.png. Raises UsageError."""
     methods = [parse(text) for text in config.methods]
     reference = config.reference or methods[0].name
     if reference not in [m.name for m in methods]:
@@ -163,10 +163,10 @@ def compare(config: Compare, console: Console) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     rows, tried = [], {}
     for method in methods:
-        tuning = [(lr, run(config, method, lr, config.seeds[0], console)["loss"]) for lr in sorted(method.rates)]
+        tuning = [(lr, run(config, common, method, lr, config.seeds[0], console)["loss"]) for lr in sorted(method.rates)]
         tried[method.name] = tuning
         best = min(tuning, key=lambda pair: pair[1])[0]
-        cells = [run(config, method, best, seed, console) for seed in config.seeds]
+        cells = [run(config, common, method, best, seed, console) for seed in config.seeds]
         rows.append(Row(method.name, best, len(tuning) > 1 and best in (tuning[0][0], tuning[-1][0]), cells))
     text = table(rows, reference, tried)
     (config.out / "table.md").write_text(text)
@@ -183,8 +183,10 @@ def average(cells: Sequence[Cell]) -> tuple[list[int], list[float]]:
 
 
 if __name__ == "__main__":
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
-        compare(tyro.cli(Compare, description=__doc__), Console(soft_wrap=True))
+        config = tyro.cli(Compare, args=sys.argv[1:end], description=__doc__)
+        compare(config, sys.argv[end + 1 :], Console(soft_wrap=True))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
