@@ -1,0 +1,66 @@
+"""The demo: a small LLaMA learns the standard library's sources with SNSM, then with AdamW, and both curves are drawn.
+
+python -m recipes.demo            about five minutes on two cores
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from engine.metrics import read
+from tools.plot import loss_curve
+
+from . import baseline, snsm
+from .common import main, train
+
+
+@dataclass(frozen=True)
+class Demo:
+    steps: int = 240
+    """Optimizer steps of each of the two runs."""
+    out: Path | None = None
+    """Folder of the demo; by default a new one under runs/."""
+
+
+def demo(config: Demo) -> None:
+    """Two runs of the same length on the same data, a table and a picture."""
+    tried = (Path("runs/demo") if i == 1 else Path(f"runs/demo-{i}") for i in range(1, 10_000))
+    out = config.out or next(path for path in tried if not path.exists())
+    common: dict[str, Any] = {"steps": config.steps, "eval_every": 20}
+    ours = replace(snsm.PRESETS["demo"][1], out=out / "snsm", **common)
+    theirs = baseline.Baseline(lr=4e-3, out=out / "adamw", **common)
+    console = Console(soft_wrap=True)
+    console.rule("1 of 2: SNSM")
+    train(ours, "snsm", lambda params: snsm.groups(ours, params))
+    console.rule("2 of 2: AdamW")
+    train(theirs, "baseline", lambda params: baseline.groups(theirs, params))
+
+    table = Table(title=f"{config.steps} steps on the same data", title_justify="left")
+    for column in ("", "held-out loss, nats per byte", "optimizer state, MB", "s/step"):
+        table.add_column(column, justify="right" if column else "left")
+    curves, points = {}, {}
+    for name, folder in (("SNSM", ours.out), ("AdamW", theirs.out)):
+        assert folder is not None
+        result = json.loads((folder / "result.json").read_text())
+        table.add_row(
+            name,
+            f"{result['eval/loss']:.4f}",
+            f"{result['state_bytes'] / 1e6:.1f}",
+            f"{result['seconds_per_step']:.2f}",
+        )
+        rows = [(int(r["step"]), r["train/loss"]) for r in read(folder) if "train/loss" in r]
+        curves[name] = [s for s, _ in rows], [y for _, y in rows]
+        points[name] = [s for s, _ in result["curve"]], [y for _, y in result["curve"]]
+    picture = loss_curve(out / "loss.png", curves, "SNSM and AdamW on the standard library", held_out=points)
+    console.rule("the two")
+    console.print(table)
+    console.print(f"curves       {picture}\nlook at it   tensorboard --logdir {out}", highlight=False)
+
+
+if __name__ == "__main__":
+    main(lambda: tyro.cli(Demo, description=__doc__), demo)
