@@ -40,10 +40,18 @@ def make_graph(
 
     def pull(i: int, params: Params, x: Tensor | None, batch: Batch) -> Any:
         own = {name: params[full] for name, full in chain.segments[i].names.items()}
-        forward = chain.forwards[chain.segments[i].kind]
-        if x is None:
-            return vjp(lambda own: forward(own, None, batch), own)
-        return vjp(lambda own, x: forward(own, x, batch), own, x)
+        kind = chain.segments[i].kind
+        buffers = chain.buffers[kind]
+
+        def pure(own: Params, x: Tensor | None = None) -> tuple[Tensor, Params]:
+            """vjp refuses a write to a tensor that it does not know, such as BatchNorm's to its running mean."""
+            written = {name: b.clone() for name, b in buffers.items()}
+            return chain.forwards[kind](own, x, batch, written), written
+
+        out, back, written = vjp(pure, *((own,) if x is None else (own, x)), has_aux=True)
+        for name, b in buffers.items():
+            b.copy_(written[name])
+        return out, back
 
     def whole(
         params: Params, batch: Batch, scale: Tensor, held: Params | None, move: Move | None

@@ -19,7 +19,12 @@ from .compile import compiled
 
 Batch = dict[str, Tensor]
 Call = Callable[[nn.Module, Tensor | None, Batch], Tensor]
-Forward = Callable[[Params, Tensor | None, Batch], Tensor]
+
+
+class Forward(Protocol):
+    """A segment's forward with parameters given by their names in its module, and with these buffers or its own."""
+
+    def __call__(self, params: Params, x: Tensor | None, batch: Batch, buffers: Params | None = None) -> Tensor: ...
 
 
 class Segment(Protocol):
@@ -71,10 +76,13 @@ class Chain:
         """`compute_dtype` casts parameters inside a forward. `logits` bounds the logits alive at once."""
         self.segments, self.logits, self.last = segments, logits, len(segments) - 1
         self.forwards: dict[str, Forward] = {}
+        self.buffers: dict[str, Params] = {}  # those that are state, which a forward may write to
         for segment in segments:
             if segment.kind not in self.forwards:
                 forward = _make_forward(segment, compute_dtype)
                 self.forwards[segment.kind] = compiled(forward) if compile else forward
+                state = segment.module.state_dict(keep_vars=True)
+                self.buffers[segment.kind] = {n: b for n, b in segment.module.named_buffers() if n in state}
         self.names = list(dict.fromkeys(full for s in segments for full in s.names.values()))
         # A tied parameter belongs to the first segment that names it; later ones hand their gradient down to it.
         owner = {full: i for i in reversed(range(len(segments))) for full in segments[i].names.values()}
@@ -174,10 +182,11 @@ class _Caller(nn.Module):
 def _make_forward(template: Segment, compute_dtype: torch.dtype | None) -> Forward:
     caller = _Caller(template.module, template.call)
 
-    def forward(params: Params, x: Tensor | None, batch: Batch) -> Tensor:
+    def forward(params: Params, x: Tensor | None, batch: Batch, buffers: Params | None = None) -> Tensor:
         if compute_dtype is not None:
             params = {name: p.to(compute_dtype) for name, p in params.items()}
-        out: Tensor = functional_call(caller, {f"module.{name}": p for name, p in params.items()}, (x, batch))
+        given = {**params, **(buffers or {})}
+        out: Tensor = functional_call(caller, {f"module.{name}": t for name, t in given.items()}, (x, batch))
         return out
 
     return forward

@@ -48,7 +48,9 @@ def rotate(c: Tensor, rotation: Tensor, like: Tensor) -> Tensor:
 def check_rank(p: Tensor, rank: int) -> None:
     """Raises UsageError unless p is at least a matrix and 1 <= rank <= its shorter side."""
     if p.ndim < 2:
-        raise UsageError(f"a subspace rule needs a matrix, got shape {tuple(p.shape)}; give this tensor to another rule")
+        raise UsageError(
+            f"a subspace rule needs a matrix, got shape {tuple(p.shape)}; give this tensor to another rule"
+        )
     if not 1 <= rank <= min(p.shape[-2:]):
         raise UsageError(
             f"rank must lie in [1, {min(p.shape[-2:])}] for shape {tuple(p.shape)}, got {rank}; "
@@ -68,21 +70,39 @@ def svd_basis(g: Tensor, rank: int) -> Tensor:
     return (vh[..., :rank, :].mT if tall(g) else u[..., :rank]).contiguous()
 
 
-def range_basis(g: Tensor, rank: int, key: Key, oversample: int = 8, power: int = 1) -> Tensor:
-    """The same directions from a randomized range finder (Halko, Martinsson & Tropp 2011, alg. 4.4 and 5.1).
+def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, power: int = 2) -> Tensor:
+    """The same directions from a randomized range finder (Halko, Martinsson & Tropp 2011): a Gaussian sketch of
+    r + oversample directions of the short side, 1 + `power` times through S = G^T G (or G G^T), the best r kept.
 
-    A Gaussian sketch of r + oversample directions and `power` subspace iterations: 2 + 2 power passes over g instead
-    of an SVD, orthonormalised on the short side only.
+    S itself is formed where that is cheaper than passes over G. Dropping the extra directions takes an eigenproblem of
+    their number, for which one more iteration gains more at a large rank, so `oversample` is 8 up to rank 64, else 0.
+    Any orthonormal basis where g is not finite.
     """
-    x = g.float().mT if tall(g) else g.float()  # short x long
-    short, long = x.shape[-2:]
-    y = x @ normal(key, (long, min(rank + oversample, short)), x.device)
-    for _ in range(power):
-        y = x @ (x.mT @ torch.linalg.qr(y)[0])
-    q = torch.linalg.qr(y)[0]
-    b = q.mT @ x
-    directions = torch.linalg.eigh((b @ b.mT).double())[1].flip(-1)[..., :rank].float()
-    return (q @ directions).contiguous()
+    x = g.float() if tall(g) else g.float().mT  # long x short
+    short = x.shape[-1]
+    size = min(rank + (8 if rank <= 64 else 0) if oversample is None else rank + oversample, short)
+    s = gram(x) if short <= 8 * size else None
+    y = normal(key, (short, size), x.device).expand(*x.shape[:-2], short, size)
+    for i in range(1 + power):
+        q = torch.linalg.qr(y)[0] if i > 1 else y / y.norm()  # what two products lose in float32 is too small to matter
+        y = s @ q if s is not None else x.mT @ (x @ q)
+    q, r = torch.linalg.qr(y)
+    if size > rank:
+        directions = torch.linalg.eigh((r @ r.mT).double().nan_to_num(0, 0, 0))[1].flip(-1)[..., :rank]
+        q = q @ directions.float()
+    return q.contiguous()
+
+
+def gram(x: Tensor, blocks: int = 4) -> Tensor:
+    """x^T x (..., n, n), by blocks of columns: little more than half the work of the plain product."""
+    n = x.shape[-1]
+    width = -(-n // blocks)
+    s = x.new_empty((*x.shape[:-2], n, n))
+    for i in range(0, n, width):
+        strip = x[..., i : i + width].mT @ x[..., i:]
+        s[..., i : i + width, i:] = strip
+        s[..., i:, i : i + width] = strip.mT
+    return s
 
 
 def random_basis(p: Tensor, rank: int, key: Key) -> Tensor:
@@ -96,10 +116,16 @@ def keep_unless_ok(new: Tensor, old: Tensor, ok: Tensor) -> Tensor:
     return torch.where(ok, new, old).contiguous()
 
 
+def informative(g: Tensor) -> Tensor:
+    """0-d bool: every entry is finite and one is not zero."""
+    low, high = torch.aminmax(g)
+    return low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))
+
+
 def usable(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(g with non-finite entries zeroed, 0-d bool: every entry is finite and one is not zero)."""
-    finite = g.isfinite()
-    return torch.where(finite, g, 0).float(), finite.all() & (g != 0).any()
+    """(g in float32, or zeros where it is not `informative`; whether it is)."""
+    ok = informative(g)
+    return torch.where(ok, g, 0).float(), ok
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -163,8 +189,3 @@ def mix(x: Tensor, signs: Tensor) -> Tensor:
 def unmix(x: Tensor, signs: Tensor) -> Tensor:
     """The inverse of `mix`."""
     return transform(x, shorter(x)) * (signs if tall(x) else signs.unsqueeze(-1))
-
-
-def range_pays(g: Tensor, rank: int) -> bool:
-    """True where `range_basis` is much cheaper than `svd_basis`."""
-    return 2 * (rank + 8) <= min(g.shape[-2:])

@@ -25,9 +25,9 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import linalg, projections
 from .core import Hyper, Rule, Slots, UsageError, clock, tick
-from .random import Key, fold, permutation, signs
+from .random import Key
 
 
 def grouped(x: Tensor, subset: int | str) -> Tensor:
@@ -80,80 +80,32 @@ def snsm(
         ("numerator", numerator, ("gradient", "ema", "subspace")),
         ("second", second, ("none", "coordinate", "subset")),
         ("subset", subset if isinstance(subset, str) else "int", ("heuristic", "sqrt", "int")),
-        ("proj_type", proj_type, ("auto", "svd", "range", "random", "srht", "topk", "uniform")),
+        ("proj_type", proj_type, projections.KINDS),
         ("moments", moments, ("reset", "keep", "rotate")),
         ("compat", compat, ("", "sn-sm")),
     ):
         if got not in known:
             raise UsageError(f"{name}: {option} must be one of {known}, got {got!r}")
     if subset == 0 or (correct_bias and b2 == 1):
-        raise UsageError(f"{name}: a subset size of 0, or betas[1] = 1 with correct_bias, means a step of zero; change it")
+        raise UsageError(
+            f"{name}: a subset size of 0, or betas[1] = 1 with correct_bias, means a step of zero; change it"
+        )
     numerator, second = numerator if b1 else "gradient", second if b2 else "none"
     subset = subset if second == "subset" else "coordinate"
-    srht, picked = proj_type == "srht", proj_type in ("topk", "uniform")
-    stale = numerator == "subspace" and compat == "sn-sm" and moments == "reset"
-    compressed = linalg.longer if picked else linalg.shorter  # the dimension that has r entries in the subspace
+    subspace = numerator == "subspace"
+    stale = subspace and compat == "sn-sm" and moments == "reset"
+    apart = subspace and correct_bias and not correct_complement
 
     def rank_of(p: Tensor) -> int:
-        return max(1, min(p.shape[-2:], default=1) // 4) if rank is None else rank
-
-    def draw(g: Tensor, key: Key) -> Slots:
-        """A new projection for this gradient."""
-        r, short, long = rank_of(g), g.shape[linalg.shorter(g)], g.shape[linalg.longer(g)]
-        if srht:
-            chosen = permutation(fold(key, "index"), short, g.device)[:r]
-            return {"index": chosen.sort().values, "signs": signs(fold(key, "signs"), short, g.device).to(torch.int8)}
-        if proj_type == "topk":
-            return {"index": g.norm(dim=linalg.shorter(g)).topk(r).indices.sort().values}
-        if proj_type == "uniform":
-            return {"index": permutation(key, long, g.device)[:r].sort().values}
-        if proj_type == "random":
-            return {"basis": linalg.random_basis(g, r, key)}
-        exact = proj_type == "svd" or (proj_type == "auto" and not linalg.range_pays(g, r))
-        return {"basis": linalg.svd_basis(g, r) if exact else linalg.range_basis(g, r, key)}
-
-    def down(x: Tensor, slots: Slots) -> Tensor:
-        """P x."""
-        if "basis" in slots:
-            return linalg.project(x, slots["basis"])
-        return linalg.take(linalg.mix(x, slots["signs"]) if srht else x, slots["index"], compressed(x))
-
-    def up(c: Tensor, slots: Slots, like: Tensor) -> Tensor:
-        """P* c."""
-        if "basis" in slots:
-            return linalg.lift(c, slots["basis"], like)
-        spread, chosen = linalg.spread(c, slots["index"], compressed(like), like)
-        x = torch.where(chosen, spread, 0)
-        return linalg.unmix(x, slots["signs"]) if srht else x
-
-    def momentum(g: Tensor, slots: Slots, gain: Tensor | float) -> tuple[Tensor, Tensor]:
-        """(gain P* m + G - P* P G, the new m)."""
-        m = slots["exp_avg"]
-        if "basis" in slots:  # two products with G's size
-            c = linalg.project(g, slots["basis"])
-            new = m.lerp(c, 1 - b1)
-            return g - linalg.lift(c - gain * new, slots["basis"], g), new
-        dim, index = compressed(g), slots["index"]  # chosen slices of G, or of its transform, become those of m
-        x = linalg.mix(g, slots["signs"]) if srht else g
-        spread, chosen = linalg.spread(m, index, dim, g)
-        num = torch.where(chosen, gain * spread.lerp(x, 1 - b1), x)
-        return linalg.unmix(num, slots["signs"]) if srht else num, m.lerp(linalg.take(x, index, dim), 1 - b1)
+        return max(1, min(p.shape[-2:], default=0) // 4) if rank is None else rank
 
     def init(p: Tensor) -> Slots:
         slots, shape = clock(p), list(p.shape)
-        if numerator == "subspace":
-            r = rank_of(p)
-            linalg.check_rank(p, r)
-            shape[compressed(p)] = r
-            index = torch.arange(r, device=p.device)
-            if srht:
-                slots |= {"index": index, "signs": p.new_ones(min(p.shape[-2:]), dtype=torch.int8)}
-            elif picked:
-                slots["index"] = index.expand(*p.shape[:-2], r).contiguous() if proj_type == "topk" else index
-            else:
-                slots["basis"] = linalg.first_basis(p, r)
-            if stale:
-                slots["stale"] = p.new_zeros((), dtype=torch.float32)
+        if subspace:
+            slots |= projections.blank(proj_type, p, rank_of(p))
+            shape[projections.compressed(proj_type, p)] = rank_of(p)
+        if stale:
+            slots["stale"] = p.new_zeros((), dtype=torch.float32)
         if numerator != "gradient":
             slots["exp_avg"] = p.new_zeros(shape, dtype=torch.float32)
         if second != "none":
@@ -161,42 +113,38 @@ def snsm(
         return slots
 
     def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
-        g, ok = linalg.usable(g)
-        new = draw(g, key)
-        ok = ok & torch.stack([x.isfinite().all() for x in new.values()]).all()
-        new = {k: linalg.keep_unless_ok(x, slots[k], ok) for k, x in new.items()}
+        drawn, ok = projections.draw(proj_type, g, rank_of(g), key)
+        new = {slot: linalg.keep_unless_ok(x, slots[slot], ok) for slot, x in drawn.items()}
         m = slots["exp_avg"]
         if stale:
             new["stale"] = (ok & (slots["step"] > 0)).float()
-        elif moments != "keep":
-            carried = down(up(m, slots, g), new) if moments == "rotate" else torch.zeros_like(m)
-            new["exp_avg"] = linalg.keep_unless_ok(carried, m, ok)
+        elif moments == "reset":
+            new["exp_avg"] = torch.where(ok, 0, m)
+        elif moments == "rotate":
+            new["exp_avg"] = linalg.keep_unless_ok(projections.down(projections.up(m, slots, g), new), m, ok)
         return slots | new, ok
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
         g, lr, decay = g.float(), hyper["lr"], hyper["lr"] * hyper["weight_decay"]
         ticked, c1, c2 = tick(slots, betas)
-        new, num, size = slots | ticked, g, lr
-        if correct_bias:
-            size = lr * c2.sqrt() / c1
+        new, num = slots | ticked, g
         if numerator == "ema":
             num = new["exp_avg"] = slots["exp_avg"].lerp(g, 1 - b1)
-        elif numerator == "subspace":
-            apart = correct_bias and not correct_complement
-            num, new["exp_avg"] = momentum(g, slots, 1 / c1 if apart else 1.0)
-            size = size * c1 if apart else size
-            if stale:
-                new["exp_avg"] = new["exp_avg"] * (1 - slots["stale"])
-                new["stale"] = torch.zeros_like(slots["stale"])
-        scale = -(1 - decay) * size  # a factor, so that nothing of p's size is used twice and has to be stored
-        delta = scale * num
-        if second != "none":
-            w, v = sums(g, subset), slots["exp_avg_sq"]
-            v = new["exp_avg_sq"] = v + w if b2 == 1 else b2 * v + (1 - b2) * w
-            delta = (grouped(num, subset) * (scale / (v.sqrt() + eps))).view(p.shape)
-        return delta - decay * p.float(), new
+        elif subspace:
+            num, m = projections.average(g, slots["exp_avg"], 1 - b1, slots, 1 / c1 if apart else 1.0)
+            new["exp_avg"] = m * (1 - slots["stale"]) if stale else m
+        if stale:
+            new["stale"] = torch.zeros_like(slots["stale"])
+        s = lr * c2.sqrt() / (1.0 if apart else c1) if correct_bias else lr
+        scale = (decay - 1) * s  # the decay is a factor too: a tensor of p's size used twice would have to be stored
+        if second == "none":
+            return scale * num - decay * p.float(), new
+        w, v = sums(g, subset), slots["exp_avg_sq"]
+        new["exp_avg_sq"] = v = v + w if b2 == 1 else b2 * v + (1 - b2) * w
+        delta = grouped(num, subset) * (scale / (v.sqrt() + eps))
+        return delta.reshape(p.shape) - decay * p.float(), new
 
-    if numerator != "subspace":
+    if not subspace:
         return Rule(name, init, update)
     return Rule(name, init, update, refresh, update_proj_gap, offset=update_proj_gap - 1 if compat == "sn-sm" else 0)
 

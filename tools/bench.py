@@ -2,6 +2,7 @@
 
 python -m tools.bench step      training steps: this engine against torch.compile(model) + fused AdamW
 python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True)
+python -m tools.bench refresh   rebuilding subspace bases: the randomized range finder against the exact SVD
 """
 
 import json
@@ -20,17 +21,21 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from engine.compile import compiled
+from engine.data import Batches, Tokens
 from engine.kernel import Kernel, make_kernel
 from engine.memory import counted_peak
 from engine.segments import cut
+from engine.shards import Request, cached
 from engine.step import Step
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.adamw import adamw
 from optimizers.core import Group, Rule, partition, state_bytes
 from optimizers.galore import galore
+from optimizers.linalg import project, range_basis, svd_basis
 from optimizers.muon import muon
 from optimizers.random import fold
 from optimizers.sgd import sgd
+from optimizers.snsm import adam_sn, adam_snsm, rmsprop_sn, snsm
 
 Sides = dict[str, Callable[[], object]]
 
@@ -64,6 +69,20 @@ class UpdateBench:
     """Also write the figures here."""
 
 
+@dataclass(frozen=True)
+class RefreshBench:
+    """Bases of every Linear weight of a LLaMA preset from real gradients: CPU time, and gradient energy captured."""
+
+    model: Literal["demo", "60m", "130m"] = "60m"
+    rank: int = 128
+    training: int = 20
+    """AdamW steps before the gradients are taken."""
+    rounds: int = 3
+    threads: int = 1
+    json: Path | None = None
+    """Also write the figures here."""
+
+
 def timed(sides: Sides, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each side in each round, the sides taking turns, after two rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -81,7 +100,7 @@ def ratio(seconds: dict[str, list[float]], side: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[side], seconds[base], strict=True))
 
 
-def report(title: str, rows: list[dict[str, object]], config: StepBench | UpdateBench) -> None:
+def report(title: str, rows: list[dict[str, object]], config: StepBench | UpdateBench | RefreshBench) -> None:
     """Print the rows as a table, and write them with the configuration where asked."""
     table = Table(title=title)
     for column in rows[0]:
@@ -150,15 +169,26 @@ def ours(model: Llama, batch: dict[str, Tensor], recompute: bool) -> Callable[[]
 
 
 def bench_update(config: UpdateBench) -> None:
-    """Every rule on every parameter of the preset (matrix rules on the matrices, AdamW elsewhere)."""
+    """Every rule as its recipe runs it, bases fixed."""
     shapes = {n: p.shape for n, p in meta(PRESETS[config.model]).named_parameters()}
     params = {n: torch.randn(s) * 0.02 for n, s in shapes.items()}
     grads = {n: torch.randn(s) * 0.01 for n, s in shapes.items()}
     base = "torch AdamW(foreach)"
     sides: Sides = {f"torch AdamW({how})": library(params, grads, how) for how in ("foreach", "fused")}
     sizes: dict[str, int] = {}
-    for rule in (adamw(), sgd(), muon(), galore(config.rank)):
-        sides[rule.name], sizes[rule.name] = updating(rule, params, grads)
+    rmsprop = snsm(name="rmsprop", numerator="gradient", second="coordinate", betas=(0.0, 0.999), correct_bias=False)
+    rules = {
+        "adamw": (adamw(), adamw()),
+        "sgd": (sgd(), sgd()),
+        "muon": (muon(), adamw()),
+        f"galore r={config.rank}": (galore(config.rank), adamw()),
+        "adam_sn": (adam_sn(), adamw()),
+        "rmsprop_sn": (rmsprop_sn(), rmsprop),
+        f"adam_snsm svd r={config.rank}": (adam_snsm(config.rank), adamw()),
+        f"adam_snsm topk r={config.rank}": (adam_snsm(config.rank, proj_type="topk"), adamw()),
+    }
+    for name, (rule, rest) in rules.items():
+        sides[name], sizes[name] = updating(rule, rest, params, grads)
     seconds = timed(sides, config.rounds, time.process_time)
     rows: list[dict[str, object]] = [
         {
@@ -186,10 +216,11 @@ def library(params: dict[str, Tensor], grads: dict[str, Tensor], how: str) -> Ca
     return torch.optim.AdamW(copies, foreach=how == "foreach", fused=how == "fused").step
 
 
-def updating(rule: Rule, params: dict[str, Tensor], grads: dict[str, Tensor]) -> tuple[Callable[[], object], int]:
-    """The compiled kernels of `rule`, a layer at a time as the engine runs them; and the bytes of its state."""
-    matrix = rule.name in ("muon", "galore")
-    rest = adamw()
+def updating(
+    rule: Rule, rest: Rule, params: dict[str, Tensor], grads: dict[str, Tensor]
+) -> tuple[Callable[[], object], int]:
+    """The compiled kernels of `rule` on Linear weights and `rest` elsewhere, a layer at a time as the engine runs them;
+    and the bytes of their state."""
     layers: dict[str, list[str]] = {}
     for name in params:
         layers.setdefault(name.split(".")[2] if ".layers." in name else name, []).append(name)
@@ -197,13 +228,13 @@ def updating(rule: Rule, params: dict[str, Tensor], grads: dict[str, Tensor]) ->
     kernels: dict[object, Kernel] = {}
     hyper = {"lr": torch.tensor(1e-3), "weight_decay": torch.tensor(0.01)}
     for names in layers.values():
-        rules = [rule if not matrix or "_proj" in n or "lm_head" in n else rest for n in names]
+        rules = [rule if linear(n) else rest for n in names]
         own = [params[n].clone() for n in names]
         slots = [r.init(p) for r, p in zip(rules, own, strict=True)]
+        for r, name, s in zip(rules, names, slots, strict=True):
+            if r.refresh:
+                s.update(r.refresh(grads[name], s, fold(0, name))[0])
         total += sum(map(state_bytes, slots))
-        if rule.refresh:
-            for r, n, s in zip(rules, names, slots, strict=True):
-                s.update(r.refresh(grads[n], s, fold(0, n))[0] if r.refresh else {})
         kind = tuple(rules), tuple(p.shape for p in own)
         kernel = kernels.setdefault(kind, compiled(make_kernel(rules)))
         calls.append((kernel, [grads[n] for n in names], slots, own, [hyper] * len(names)))
@@ -216,17 +247,73 @@ def updating(rule: Rule, params: dict[str, Tensor], grads: dict[str, Tensor]) ->
     return run, total
 
 
-Bench = Annotated[StepBench, tyro.conf.subcommand("step")] | Annotated[UpdateBench, tyro.conf.subcommand("update")]
+def linear(name: str) -> bool:
+    """Is this the weight of a Linear layer?"""
+    return "_proj" in name or "lm_head" in name
 
 
-def main(config: StepBench | UpdateBench) -> None:
+def bench_refresh(config: RefreshBench) -> None:
+    """All bases of a model, by both methods."""
+    grads = [g for name, g in gradients(config).items() if linear(name)]
+    made: dict[str, list[Tensor]] = {}
+
+    def by_svd() -> None:
+        made["exact SVD"] = [svd_basis(g, config.rank) for g in grads]
+
+    def by_range() -> None:
+        made["range finder"] = [range_basis(g, config.rank, fold(0, i)) for i, g in enumerate(grads)]
+
+    sides: Sides = {"exact SVD": by_svd, "range finder": by_range}
+    seconds = timed(sides, config.rounds, time.process_time)
+    held = {n: [float(project(g, q).square().sum()) for g, q in zip(grads, qs, strict=True)] for n, qs in made.items()}
+    rows: list[dict[str, object]] = []
+    for name in sides:
+        shares = [a / b for a, b in zip(held[name], held["exact SVD"], strict=True)]
+        whole = sum(held[name]) / sum(float(g.square().sum()) for g in grads)
+        rows.append(
+            {
+                "side": name,
+                "CPU ms": statistics.median(seconds[name]) * 1e3,
+                "ratio": ratio(seconds, name, "exact SVD"),
+                "energy of G": whole,
+                "over exact, least": min(shares),
+                "over exact, mean": statistics.mean(shares),
+            }
+        )
+    report(f"{len(grads)} bases of LLaMA-{config.model}, rank {config.rank}, {config.threads} thread(s)", rows, config)
+
+
+def gradients(config: RefreshBench) -> dict[str, Tensor]:
+    """Gradients of the preset on the standard library's sources, after some training."""
+    data = Batches(Tokens(cached(Path("runs/.data"), Request())), 256)
+    model = Llama(PRESETS[config.model])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for i in range(config.training + 1):
+        model.zero_grad()
+        batch = data.batch(4 * i, 4)
+        cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["targets"].flatten()).backward()
+        if i < config.training:
+            optimizer.step()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+Bench = (
+    Annotated[StepBench, tyro.conf.subcommand("step")]
+    | Annotated[UpdateBench, tyro.conf.subcommand("update")]
+    | Annotated[RefreshBench, tyro.conf.subcommand("refresh")]
+)
+
+
+def main(config: StepBench | UpdateBench | RefreshBench) -> None:
     """Run one benchmark."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     if isinstance(config, StepBench):
         bench_step(config)
-    else:
+    elif isinstance(config, UpdateBench):
         bench_update(config)
+    else:
+        bench_refresh(config)
 
 
 if __name__ == "__main__":
