@@ -13,8 +13,9 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> Table:
     for column in ("tensors", "shapes", "rank", "elements", "state MiB", "lr", "decay"):
         table.add_column(column, justify="right")
     groups = {group.name: group for group in optimizer.owner.values()}
-    for name, group in groups.items():
-        own = [n for n, g in optimizer.owner.items() if g.name == name]
+    owned = {name: [n for n, g in optimizer.owner.items() if g.name == name] for name in groups}
+    for name, own in sorted(owned.items(), key=lambda item: -sum(params[n].numel() for n in item[1])):
+        group = groups[name]
         ranks = {state[n]["basis"].shape[-1] for n in own if "basis" in state.get(n, {})}
         table.add_row(
             " ".join(group.match) or "all",

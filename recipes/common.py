@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failure, 2 bad arguments, 4 non-finite loss, 5 incompatibl
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from models.sampling import generate
 from optimizers.adamw import adamw
 from optimizers.core import Group, Params, Rule, UsageError, partition, state_bytes
 from optimizers.random import fold
+from tools.generate import TOKENIZER
 from tools.plot import loss_curve
 from tools.prepare import Bar
 
@@ -66,6 +68,8 @@ class TrainConfig(RunConfig):
     """Peak learning rate of the AdamW that trains embedding, norms and head; by default `lr`."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices; norms are never decayed."""
+    stagger: bool = True
+    """Rebuild subspace bases a few tensors a step, not all on the same step."""
     prompt: str = "def "
     """What the sample at the end of the run goes on from."""
     dry_run: bool = False
@@ -132,7 +136,7 @@ def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Grou
     if config.precision.startswith("bf16"):
         model.to(torch.bfloat16)
     params: dict[str, Tensor] = dict(model.named_parameters())
-    optimizer = partition(params, groups(params))
+    optimizer = partition(params, groups(params), config.stagger)
     state = optimizer.init(params)
     step = Step(
         cut(model),
@@ -160,6 +164,9 @@ def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Grou
         return
     config = dataclasses.replace(config, out=out)
     out.mkdir(parents=True, exist_ok=True)
+    for file in tokenizer.files:  # a run can be read wherever it lies
+        (out / TOKENIZER).mkdir(exist_ok=True)
+        shutil.copy2(file, out / TOKENIZER)
     text = json.dumps({"recipe": recipe, **config.plain()}, indent=1)
     (out / "config.json").write_text(text + "\n")
     console.print(text if console.is_terminal else f"config: {json.dumps(config.plain())}", highlight=False)

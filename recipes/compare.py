@@ -163,7 +163,9 @@ def compare(config: Compare, common: list[str], console: Console) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     rows, tried = [], {}
     for method in methods:
-        tuning = [(lr, run(config, common, method, lr, config.seeds[0], console)["loss"]) for lr in sorted(method.rates)]
+        tuning = [
+            (lr, run(config, common, method, lr, config.seeds[0], console)["loss"]) for lr in sorted(method.rates)
+        ]
         tried[method.name] = tuning
         best = min(tuning, key=lambda pair: pair[1])[0]
         cells = [run(config, common, method, best, seed, console) for seed in config.seeds]

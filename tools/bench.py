@@ -3,6 +3,7 @@
 python -m tools.bench step      training steps: this engine against torch.compile(model) + fused AdamW
 python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True)
 python -m tools.bench refresh   rebuilding subspace bases: the randomized range finder against the exact SVD
+python -m tools.bench stagger   the slowest training step against the median, bases rebuilt in turn and all at once
 """
 
 import json
@@ -83,6 +84,18 @@ class RefreshBench:
     """Also write the figures here."""
 
 
+@dataclass(frozen=True)
+class StaggerBench:
+    """Training steps of the demo model with SNSM over one gap: CPU time of each step."""
+
+    rank: int = 48
+    gap: int = 200
+    batch: int = 8
+    threads: int = 2
+    json: Path | None = None
+    """Also write the figures here."""
+
+
 def timed(sides: Sides, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each side in each round, the sides taking turns, after two rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -100,7 +113,9 @@ def ratio(seconds: dict[str, list[float]], side: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[side], seconds[base], strict=True))
 
 
-def report(title: str, rows: list[dict[str, object]], config: StepBench | UpdateBench | RefreshBench) -> None:
+def report(
+    title: str, rows: list[dict[str, object]], config: StepBench | UpdateBench | RefreshBench | StaggerBench
+) -> None:
     """Print the rows as a table, and write them with the configuration where asked."""
     table = Table(title=title)
     for column in rows[0]:
@@ -297,14 +312,51 @@ def gradients(config: RefreshBench) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def bench_stagger(config: StaggerBench) -> None:
+    """Both ways, over the steps of one gap that follow the first refresh."""
+    data = Batches(Tokens(cached(Path("runs/.data"), Request())), 256)
+    rows: list[dict[str, object]] = []
+    for staggered in (True, False):
+        model = Llama(PRESETS["demo"])
+        params: dict[str, Tensor] = dict(model.named_parameters())
+        groups = [
+            Group("snsm", snsm(config.rank, config.gap), ("_proj", "lm_head"), 0.01),
+            Group("adamw", adamw(), ("",), 1e-3),
+        ]
+        optimizer = partition(params, groups, staggered)
+        step = Step(cut(model), params, optimizer, optimizer.init(params))
+        hypers = {g.name: {"lr": torch.tensor(g.lr), "weight_decay": torch.tensor(0.0)} for g in groups}
+        seconds = []
+        for i in range(config.gap + 3):
+            batch = data.batch(i * config.batch, config.batch)
+            start = time.process_time()
+            step([batch], hypers, i)
+            seconds.append(time.process_time() - start)
+        seconds = seconds[3:]
+        middle, slowest = statistics.median(seconds), max(seconds)
+        plain = sorted(s for i, s in enumerate(seconds, 3) if not optimizer.due(i))
+        name = "staggered" if staggered else "all at once"
+        rows.append(
+            {
+                "side": name,
+                "median ms": middle * 1e3,
+                "slowest ms": slowest * 1e3,
+                "ratio": slowest / middle,
+                "slowest without refresh / median": plain[-1] / middle,
+            }
+        )
+    report(f"SNSM rank {config.rank}, gap {config.gap}, demo model, {config.batch * 256} tokens", rows, config)
+
+
 Bench = (
     Annotated[StepBench, tyro.conf.subcommand("step")]
     | Annotated[UpdateBench, tyro.conf.subcommand("update")]
     | Annotated[RefreshBench, tyro.conf.subcommand("refresh")]
+    | Annotated[StaggerBench, tyro.conf.subcommand("stagger")]
 )
 
 
-def main(config: StepBench | UpdateBench | RefreshBench) -> None:
+def main(config: StepBench | UpdateBench | RefreshBench | StaggerBench) -> None:
     """Run one benchmark."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
@@ -312,8 +364,10 @@ def main(config: StepBench | UpdateBench | RefreshBench) -> None:
         bench_step(config)
     elif isinstance(config, UpdateBench):
         bench_update(config)
-    else:
+    elif isinstance(config, RefreshBench):
         bench_refresh(config)
+    else:
+        bench_stagger(config)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 
 
+TOKENIZER = "tokenizer"  # folder in a run that holds the vocabulary files, where there are any
+
+
 @dataclass(frozen=True)
 class Generate:
     """Continue a prompt with a trained model."""
@@ -44,7 +47,7 @@ class Generate:
     checkpoint: int | None = None
     """The step to use instead of the newest."""
     tokenizer: str | None = None
-    """Where the tokenizer is, if not where it was in training."""
+    """Where the tokenizer is, if not in the run's folder."""
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
 
@@ -82,7 +85,9 @@ def load_model(folder: Path, device: torch.device) -> Llama:
 
 
 def tokenizer_of(folder: Path) -> str:
-    """The tokenizer a checkpoint was trained with, as `load_tokenizer` takes it."""
+    """The tokenizer a checkpoint was trained with, as `load_tokenizer` takes it: the copy in the run's folder, if any."""
+    if (folder.parent / TOKENIZER).is_dir():
+        return str(folder.parent / TOKENIZER)
     config = _read_json(folder / TRAINER).get("config")
     spec = config.get("tokenizer") if isinstance(config, dict) else None
     if not isinstance(spec, str):
