@@ -68,7 +68,8 @@ class RunConfig:
     device: str = "auto"
     """"auto" takes CUDA where it is, else the CPU."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises UsageError where a field makes no sense. Not in __post_init__: tyro would print its own box then."""
         for name in ("sequence", "micro_batch", "accumulation", "steps", "eval_every", "eval_windows", "save_every"):
             self.at_least(name, 1)
         for name in ("keep_last", "log_every"):

@@ -48,7 +48,8 @@ def make_graph(
             written = {name: b.clone() for name, b in buffers.items()}
             return chain.forwards[kind](own, x, batch, written), written
 
-        out, back, written = vjp(pure, *((own,) if x is None else (own, x)), has_aux=True)
+        pulled: Any = vjp(pure, *((own,) if x is None else (own, x)), has_aux=True)
+        out, back, written = pulled
         for name, b in buffers.items():
             b.copy_(written[name])
         return out, back

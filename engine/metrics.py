@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 FILE = "metrics.jsonl"
@@ -19,18 +20,21 @@ class Metrics:
     def __init__(self, out: Path, start: int, steps: int, console: Console) -> None:
         self.out, self.steps, self.console = out, steps, console
         self.history = [record for record in read(out) if record["step"] <= start] if start else []
-        (out / FILE).write_text("".join(json.dumps(r) + "\n" for r in self.history))
+        fresh = out / f".{FILE}"
+        fresh.write_text("".join(json.dumps(r) + "\n" for r in self.history))
+        fresh.replace(out / FILE)  # a kill leaves the old records or the new ones
         self.writer = SummaryWriter(out, purge_step=start + 1 if start else None)
-        columns = (
+        whole = Column(no_wrap=True)
+        columns: list[ProgressColumn] = [
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
+            MofNCompleteColumn(table_column=whole),
+            TextColumn("{task.fields[text]}", table_column=Column()),
             TextColumn("eta"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+            TimeRemainingColumn(table_column=whole),
+        ]
+        if console.width >= 100:  # on a narrow terminal the numbers matter more than the bar
+            columns.insert(1, BarColumn(bar_width=20))
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=120)
         self.task = self.progress.add_task("compiling", total=steps, completed=start, text="")
         self.spoke = time.monotonic()
 
@@ -55,7 +59,7 @@ class Metrics:
 
     def show(self, step: int, text: str = "") -> None:
         """Move the bar; where there is none, print a line every ten seconds."""
-        self.progress.update(self.task, completed=step, description="training")
+        self.progress.update(self.task, completed=step, description="step")
         if text:
             self.progress.update(self.task, text=text)
         if text and not self.console.is_terminal and (time.monotonic() - self.spoke > 10 or step == self.steps):

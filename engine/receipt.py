@@ -1,26 +1,27 @@
 """The table printed before step 1: who owns what, why, and what it costs. Nothing is trained that is not in it."""
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group as RenderGroup
 from rich.table import Table
 
 from optimizers.core import Optimizer, Params, State, state_bytes
 
 
-def receipt(optimizer: Optimizer, params: Params, state: State) -> Table:
-    """A row per group: patterns, rule, why, tensors, shapes, rank, parameters, state bytes, peak learning rate."""
-    table = Table(title="who trains what", title_justify="left")
-    for column in ("parameters", "rule", "why"):
-        table.add_column(column, overflow="fold")
-    for column in ("tensors", "shapes", "rank", "elements", "state MiB", "lr", "decay"):
-        table.add_column(column, justify="right")
+def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
+    """A row per group: rule, patterns and why, tensors, shapes, rank, elements, state, peak learning rate, decay."""
+    table = Table(title="who trains what", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("rule", no_wrap=True)
+    table.add_column("parameters", overflow="fold")  # the one column that gives way on a narrow terminal
+    for column in ("tensors", "shapes", "rank", "elements", "MiB", "lr", "decay"):
+        table.add_column(column, justify="right", no_wrap=True)
     groups = {group.name: group for group in optimizer.owner.values()}
     owned = {name: [n for n, g in optimizer.owner.items() if g.name == name] for name in groups}
     for name, own in sorted(owned.items(), key=lambda item: -sum(params[n].numel() for n in item[1])):
         group = groups[name]
         ranks = {state[n]["basis"].shape[-1] for n in own if "basis" in state.get(n, {})}
         table.add_row(
-            " ".join(group.match) or "all",
             group.rule.name,
-            group.why,
+            "\n".join(filter(None, [" ".join(group.match) or "all the rest", group.why])),
             str(len(own)),
             str(len({params[n].shape for n in own})),
             " ".join(map(str, sorted(ranks))) or "-",
@@ -32,9 +33,8 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> Table:
     total = sum(map(state_bytes, state.values()))
     weights = sum(p.numel() * p.element_size() for p in params.values())
     elements = sum(p.numel() for p in params.values())
-    table.caption = (
+    sums = (
         f"{elements:,} parameters, {weights / 2**20:.1f} MiB of weights, {total / 2**20:.1f} MiB of optimizer state "
         f"(AdamW in float32: {elements * 8 / 2**20:.1f} MiB)"
     )
-    table.caption_justify = "left"
-    return table
+    return RenderGroup(table, sums)

@@ -78,7 +78,10 @@ class Trainer:
                     f"{saved.path}: optimizer state of {name} is {other}, expected {mine}; resume with the optimizer, "
                     "rank and precision that it was trained with"
                 )
-        checkpoint.restore_into(self.step.params, saved.params)
+        try:
+            checkpoint.restore_into(self.step.params, saved.params)
+        except CheckpointError as error:
+            raise CheckpointError(f"{saved.path}: {error}") from None
         for name, slots in self.step.state.items():
             for slot, value in slots.items():
                 value.copy_(saved.state[name][slot])
@@ -93,7 +96,7 @@ class Trainer:
         """Run to the last step. Raises NonFiniteError, Interrupted."""
         config, tokens, since = self.config, 0, time.monotonic()
         loss = math.nan
-        with self._signals():
+        with self._signals(metrics):
             while self.done < config.steps:
                 self.pending.append((self.done, self._one_step()))
                 self.done += 1
@@ -129,7 +132,14 @@ class Trainer:
         return float(total / count)
 
     def save(self) -> Path:
-        """Write a checkpoint. Every step before it is known to be finite: the loop settles first."""
+        """Write a checkpoint. Every step before it is known to be finite: the loop settles first.
+
+        Raises NonFiniteError where the last update made a parameter overflow: the checkpoints before it stay the last.
+        """
+        finite = torch.stack([p.detach().isfinite().all() for p in self.step.params.values()]).tolist()
+        if not all(finite):
+            name = list(self.step.params)[finite.index(False)]
+            raise self._failure(f"step {self.done}: its update left {name} with values that are not finite")
         trainer = {
             "position": self.position,
             "tokens": self.position * self.config.sequence,
@@ -180,12 +190,7 @@ class Trainer:
                         else "every gradient is finite"
                     )
                 )
-                saved = checkpoint.latest(self.out).path
-                raise NonFiniteError(
-                    f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {where}. "
-                    f"The last good checkpoint is {saved or 'none: none was due yet'}; try a lower --lr, a longer "
-                    "--warmup or --clip previous"
-                )
+                raise self._failure(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {where}")
         refreshed = [ok for _, r in self.pending for ok in r.refreshed]
         if refreshed:
             self.skipped += len(refreshed) - int(torch.stack(refreshed).sum())
@@ -196,6 +201,13 @@ class Trainer:
             scalars["optim/refreshes"] = float(len(refreshed))
             scalars["optim/refreshes_skipped"] = float(self.skipped)
         return scalars
+
+    def _failure(self, what: str) -> NonFiniteError:
+        saved = checkpoint.latest(self.out).path
+        return NonFiniteError(
+            f"{what}. The last good checkpoint is {saved or 'none: none was due yet'}; try a lower --lr, a longer "
+            "--warmup or --clip previous"
+        )
 
     def _memory(self) -> dict[str, float]:
         kind = "peak_allocated_gib" if self.step.device.type == "cuda" else "peak_resident_gib"
@@ -215,13 +227,15 @@ class Trainer:
         return {name: t.to(self.step.device, non_blocking=True) for name, t in batch.items()}
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _signals(self, metrics: Metrics) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
 
         def note(signum: int, frame: FrameType | None) -> None:
             if self.signal is not None:
                 raise KeyboardInterrupt
             self.signal = signum
+            name = signal.Signals(signum).name
+            metrics.say(f"{name}: saving after this step; another signal ends the run without saving")
 
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -6,7 +6,7 @@ side of a square matrix. A basis is (..., short, r) with orthonormal columns, so
     m >= n:  C = G Q    (m, r)    G ~ C Q^T            m < n:  C = Q^T G    (r, n)    G ~ Q C
 """
 
-from math import isqrt, pi
+from math import isqrt, pi, sqrt
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ def first_basis(p: Tensor, rank: int) -> Tensor:
 def svd_basis(g: Tensor, rank: int) -> Tensor:
     """The leading r singular directions of g on its shorter side, exact, float32. Raises on non-finite g."""
     u, _, vh = torch.linalg.svd(g.float(), full_matrices=False)
-    return (vh[..., :rank, :].mT if tall(g) else u[..., :rank]).contiguous()
+    basis: Tensor = vh[..., :rank, :].mT if tall(g) else u[..., :rank]
+    return basis.contiguous()
 
 
 def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, power: int = 2) -> Tensor:
@@ -76,7 +77,7 @@ def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, p
 
     S itself is formed where that is cheaper than passes over G. Dropping the extra directions takes an eigenproblem of
     their number, for which one more iteration gains more at a large rank, so `oversample` is 8 up to rank 64, else 0.
-    Any orthonormal basis where g is not finite.
+    Not finite where g is not.
     """
     x = g.float() if tall(g) else g.float().mT  # long x short
     short = x.shape[-1]
@@ -84,11 +85,13 @@ def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, p
     s = gram(x) if short <= 8 * size else None
     y = normal(key, (short, size), x.device).expand(*x.shape[:-2], short, size)
     for i in range(1 + power):
-        q = torch.linalg.qr(y)[0] if i > 1 else y / y.norm()  # what two products lose in float32 is too small to matter
-        y = s @ q if s is not None else x.mT @ (x @ q)
+        y = torch.linalg.qr(y)[0] if i > 1 else y / y.abs().amax()  # two products lose only what holds little energy
+        y = s @ y if s is not None else x.mT @ (x @ y)
+    q: Tensor
     q, r = torch.linalg.qr(y)
     if size > rank:
-        directions = torch.linalg.eigh((r @ r.mT).double().nan_to_num(0, 0, 0))[1].flip(-1)[..., :rank]
+        r = r.double().nan_to_num(0, 0, 0)
+        directions = torch.linalg.eigh(r @ r.mT)[1].flip(-1)[..., :rank]
         q = q @ directions.float()
     return q.contiguous()
 
@@ -107,7 +110,7 @@ def gram(x: Tensor, blocks: int = 4) -> Tensor:
 
 def random_basis(p: Tensor, rank: int, key: Key) -> Tensor:
     """Orthonormal directions of the shorter side, uniform (Haar), the same for every matrix of a batch."""
-    q = torch.linalg.qr(normal(key, (min(p.shape[-2:]), rank), p.device))[0]
+    q: Tensor = torch.linalg.qr(normal(key, (min(p.shape[-2:]), rank), p.device))[0]
     return q.expand(*p.shape[:-2], *q.shape).contiguous()
 
 
@@ -161,8 +164,11 @@ def flat(n: int, device: torch.device) -> Tensor:
     bits = (i // odd).unsqueeze(1) & (i // odd)
     for shift in (8, 4, 2, 1):  # the parity of the common bits
         bits = bits ^ (bits >> shift)
-    angle = ((i % odd).unsqueeze(1) * (i % odd) % odd).double() * (2 * pi / odd)
-    return ((1 - 2 * (bits & 1)) * (angle.cos() + angle.sin()) / n**0.5).float()
+    h = (1 - 2 * (bits & 1)).double()
+    if odd > 1:
+        angle = ((i % odd).unsqueeze(1) * (i % odd) % odd).double() * (2 * pi / odd)
+        h = h * (angle.cos() + angle.sin())
+    return (h / sqrt(n)).float()
 
 
 def transform(x: Tensor, dim: int) -> Tensor:

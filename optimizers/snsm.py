@@ -65,15 +65,16 @@ def snsm(
 ) -> Rule:
     """The family; its defaults are the recommended setting, with a rank of a quarter of the shorter side.
 
-    numerator  "gradient" (also at b1 = 0), "ema", "subspace"; second  "none" (also at b2 = 0), "coordinate", "subset"
+    numerator  "gradient" (also at b1 = 0), "ema", "subspace"
+    second     "none" (also at b2 = 0), "coordinate", "subset"; with a subspace, an entry of G near zero does not mean
+               one of num, so "coordinate" takes huge steps there until v has seen some gradients: warm up
     subset     "heuristic", "sqrt", K, -q: see `grouped` and `sums`
-    proj_type  "svd", "range" (randomized), "auto" (the cheaper of the two), "random" (orthonormal) and "srht" act on
+    proj_type  "svd", "range" (randomized), "auto" (one of the two, by size), "random" (orthonormal) and "srht" act on
                the shorter side; "topk" (by norm) and "uniform" pick whole slices along the longer one
-    moments    what a refresh does to m: "reset", "keep" (stale coordinates), "rotate"
+    moments    what a refresh does to m: "reset", "keep" (its coordinates, now of another basis), "rotate"
 
-    Slots: `exp_avg` (in the subspace: r for the side that is projected), `exp_avg_sq`, `basis` (short, r) or `index`
-    (r) and, for srht, int8 `signs` (short), and those of `core.clock`. Raises UsageError for unknown options, and in
-    `init` for a subspace of a 1-D tensor or of a rank above its shorter side.
+    Slots: `exp_avg` (of the shape of P G), `exp_avg_sq`, those of `projections` and of `core.clock`. Raises UsageError
+    for unknown options, and in `init` for a subspace of a 1-D tensor or of a rank above its shorter side.
     """
     b1, b2 = betas
     for option, got, known in (
@@ -86,15 +87,17 @@ def snsm(
     ):
         if got not in known:
             raise UsageError(f"{name}: {option} must be one of {known}, got {got!r}")
-    if subset == 0 or (correct_bias and b2 == 1):
-        raise UsageError(
-            f"{name}: a subset size of 0, or betas[1] = 1 with correct_bias, means a step of zero; change it"
-        )
+    if subset == 0:
+        raise UsageError(f"{name}: a subset cannot have size 0; give a size K > 0, or -q for sqrt(size)/q")
+    if correct_bias and b2 == 1:
+        raise UsageError(f"{name}: betas[1] = 1 (AdaGrad's sum) needs correct_bias=False: sqrt(1 - 1^t) is 0")
     numerator, second = numerator if b1 else "gradient", second if b2 else "none"
     subset = subset if second == "subset" else "coordinate"
     subspace = numerator == "subspace"
     stale = subspace and compat == "sn-sm" and moments == "reset"
     apart = subspace and correct_bias and not correct_complement
+    if subspace and update_proj_gap < 1:
+        raise UsageError(f"{name}: update_proj_gap must be at least 1, got {update_proj_gap}")
 
     def rank_of(p: Tensor) -> int:
         return max(1, min(p.shape[-2:], default=0) // 4) if rank is None else rank
@@ -153,7 +156,7 @@ def snsm(
 adam_sn = partial(snsm, name="adam_sn", numerator="ema")
 adagrad_sn = partial(snsm, name="adagrad_sn", numerator="ema", betas=(0.9, 1.0), correct_bias=False)
 rmsprop_sn = partial(snsm, name="rmsprop_sn", numerator="gradient", betas=(0.0, 0.999), correct_bias=False)
-adam_snsm = partial(snsm, 128, name="adam_snsm", proj_type="svd")
-adagrad_snsm = partial(snsm, 128, name="adagrad_snsm", proj_type="svd", betas=(0.9, 1.0), correct_bias=False)
-sgd_sm = partial(snsm, 128, name="sgd_sm", proj_type="svd", second="none", betas=(0.9, 0.0), correct_bias=False)
-adam_sm = partial(snsm, 128, name="adam_sm", proj_type="svd", second="coordinate")
+adam_snsm = partial(snsm, name="adam_snsm", proj_type="svd")
+adagrad_snsm = partial(snsm, name="adagrad_snsm", proj_type="svd", betas=(0.9, 1.0), correct_bias=False)
+sgd_sm = partial(snsm, name="sgd_sm", proj_type="svd", second="none", betas=(0.9, 0.0), correct_bias=False)
+adam_sm = partial(snsm, name="adam_sm", proj_type="svd", second="coordinate")

@@ -39,6 +39,10 @@ class Baseline(TrainConfig):
     moments: Literal["keep", "reset", "rotate"] = "keep"
     """galore: what happens to the moments when the basis changes."""
 
+    def check(self) -> None:
+        super().check()
+        self.at_least("update_proj_gap", 1)
+
 
 def groups(config: Baseline, params: Params) -> list[Group]:
     """Who trains what."""

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failure, 2 bad arguments, 4 non-finite loss, 5 incompatibl
 
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -75,8 +76,8 @@ class TrainConfig(RunConfig):
     dry_run: bool = False
     """Print who trains what, and stop."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         self.at_least("lr", 0)
         self.at_least("weight_decay", 0)
 
@@ -113,13 +114,13 @@ def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str
 
 def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Group]]) -> None:
     """One run from start to picture and sample. Raises UsageError, CheckpointError, NonFiniteError, Interrupted."""
-    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    config.check()
+    watched = sys.stdout.isatty()  # what is printed are paths, patterns and samples: nothing in them is markup
+    console = Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
+    device = _device(config.device)
     out, saved = _place(config, recipe, console)
     if config.compile != "off" and (reason := can_compile(device)):
-        console.print(f"{reason}: running uncompiled, which is slower", highlight=False)
+        console.print(f"{reason}: running uncompiled, which is slower")
         config = dataclasses.replace(config, compile="off")
 
     bar = Bar(console)
@@ -153,28 +154,30 @@ def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Grou
         key=fold(config.seed, "optimizer"),
     )
     console.print(receipt(optimizer, params, state))
+    documents = f"{tokens.documents:,} document" + "s" * (tokens.documents != 1)
     console.print(
-        f"{len(tokens):,} training tokens in {tokens.documents:,} documents, {len(held_out):,} held out "
+        f"{len(tokens):,} training tokens in {documents}, {len(held_out):,} held out "
         f"({tokenizer.name}, vocabulary {tokenizer.vocab_size}); a step takes "
         f"{config.micro_batch * config.accumulation * config.sequence:,}, the run "
         f"{config.steps * config.micro_batch * config.accumulation / batches.windows:.2f} epochs",
-        highlight=False,
     )
     if config.dry_run:
         return
     config = dataclasses.replace(config, out=out)
-    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, step, batches, validation, out, shape.to_hf())
+    changed = trainer.resume(checkpoint.load(saved)) if saved else []  # before anything of the run is overwritten
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made: {error.strerror}; choose another folder") from None
     for file in tokenizer.files:  # a run can be read wherever it lies
         (out / TOKENIZER).mkdir(exist_ok=True)
         shutil.copy2(file, out / TOKENIZER)
-    text = json.dumps({"recipe": recipe, **config.plain()}, indent=1)
-    (out / "config.json").write_text(text + "\n")
-    console.print(text if console.is_terminal else f"config: {json.dumps(config.plain())}", highlight=False)
-
-    trainer = Trainer(config, step, batches, validation, out, shape.to_hf())
+    (out / "config.json").write_text(json.dumps({"recipe": recipe, **config.plain()}, indent=1) + "\n")
+    console.print(f"config: {json.dumps(config.plain())}", style="dim")
     if saved:
-        changed = trainer.resume(checkpoint.load(saved))
-        console.print(f"resuming {saved} at step {trainer.done}" + "".join(f"; changed: {c}" for c in changed))
+        differs = f"; changed: {', '.join(changed)}" if changed else ""
+        console.print(f"resuming {saved} at step {trainer.done}{differs}")
     with Metrics(out, trainer.done, config.steps, console) as metrics:
         loss = trainer.train(metrics)
     _finish(config, trainer, metrics, loss, console)
@@ -182,8 +185,19 @@ def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Grou
     limit = min(200, shape.max_position_embeddings - len(prompt))
     sample = generate(model.eval(), prompt, limit, temperature=0.8, top_k=50, seed=config.seed, eos=tokenizer.eos)
     console.rule("a sample")
-    console.print(tokenizer.decode([*prompt, *sample]), highlight=False, markup=False)
+    console.print(tokenizer.decode([*prompt, *sample]))
     console.rule()
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name. Raises UsageError where it is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(f"--device {name}: cannot be used here: {why}; give auto, cpu or cuda") from None
+    return device
 
 
 def _place(config: TrainConfig, recipe: str, console: Console) -> tuple[Path, Path | None]:
@@ -211,7 +225,7 @@ def _place(config: TrainConfig, recipe: str, console: Console) -> tuple[Path, Pa
 def _newest(out: Path, console: Console) -> Path | None:
     found = checkpoint.latest(out)
     for path, why in found.damaged:
-        console.print(f"skipping {path.name}: {why}", highlight=False)
+        console.print(f"skipping {path.name}: {why}")
     return found.path
 
 
@@ -220,10 +234,12 @@ def _finish(config: TrainConfig, trainer: Trainer, metrics: Metrics, loss: float
     out = trainer.out
     curve = [(int(r["step"]), r["train/loss"]) for r in metrics.history if "train/loss" in r]
     points = [(int(r["step"]), r["eval/loss"]) for r in metrics.history if "eval/loss" in r]
+    points = points or [(trainer.done, loss)]  # a finished run, resumed in another folder, trained nothing
     label = getattr(config, "optimizer", "loss")
     trained, held_out = (([s for s, _ in rows], [y for _, y in rows]) for rows in (curve, points))
     loss_curve(out / "loss.png", {label: trained}, f"{out.name}: loss in nats per token", held_out={label: held_out})
-    rate = median(r["train/tokens_per_second"] for r in metrics.history if "train/loss" in r)
+    rates = [r["train/tokens_per_second"] for r in metrics.history if "train/loss" in r]
+    tokens = config.micro_batch * config.accumulation * config.sequence
     result = {
         "steps": trainer.done,
         "tokens": trainer.position * config.sequence,
@@ -231,17 +247,16 @@ def _finish(config: TrainConfig, trainer: Trainer, metrics: Metrics, loss: float
         "curve": points,
         "state_bytes": sum(map(state_bytes, trainer.step.state.values())),
         "peak_bytes": peak_bytes(trainer.step.device),
-        "seconds_per_step": config.micro_batch * config.accumulation * config.sequence / rate,
+        "seconds_per_step": tokens / median(rates) if rates else None,
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(
         f"held-out loss {loss:.4f} nats per token\n"
-        f"checkpoint   {checkpoint.latest(out).path}\n"
+        f"checkpoint   {checkpoint.latest(out).path or config.resume}\n"
         f"loss curve   {out / 'loss.png'}\n"
         f"numbers      {out / 'metrics.jsonl'}, {out / 'result.json'}\n"
         f"look at it   tensorboard --logdir {out}\n"
-        f"more text    python -m tools.generate {out} --prompt '{config.prompt}'",
-        highlight=False,
+        f"more text    python -m tools.generate {out} --prompt {shlex.quote(config.prompt)}"
     )
 
 
@@ -258,7 +273,7 @@ def main(parse: Callable[[], Config], run: Callable[[Config], None]) -> None:
     except Interrupted as signal:
         code, line = signal.code, str(signal)
     except KeyboardInterrupt:
-        code, line = 130, "interrupted before anything was saved"
+        code, line = 130, "interrupted; nothing was saved after the last checkpoint"
     else:
         return
     print(line, file=sys.stderr)

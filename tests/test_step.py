@@ -24,6 +24,7 @@ from optimizers.random import Key
 from optimizers.sgd import sgd
 
 STEPS, LR, DECAY, VOCABULARY = 10, 1e-2, 0.1, 97
+CLIP = 0.3
 EPS = 1e-4  # well above rounding noise in gradients, which Adam would otherwise blow up to full-sized steps
 slow = pytest.mark.slow
 
@@ -44,10 +45,10 @@ class Run(NamedTuple):
 
 
 def llama(layers: int = 2, tied: bool = False, **sizes: int) -> Llama:
-    """Weights so large that gradients are too."""
+    """Weights larger than usual, so that gradients are too."""
     shape = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4)
     shape |= dict(num_key_value_heads=2, max_position_embeddings=16) | sizes
-    return Llama(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.3, **shape))
+    return Llama(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.1, **shape))
 
 
 def batches(step: int, count: int = 1) -> list[dict[str, Tensor]]:
@@ -111,13 +112,13 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int 
         losses[-accumulation:] = [sum(losses[-accumulation:])]
         norms.append(get_total_norm([p.grad for p in params.values()]).item())
         if clip == "global":
-            clip_grad_norm_(params.values(), 1.0)
+            clip_grad_norm_(params.values(), CLIP)
         elif clip == "tensor":
             for p in params.values():
-                clip_grad_norm_([p], 1.0)
+                clip_grad_norm_([p], CLIP)
         elif clip == "previous" and previous:
             for p in params.values():
-                p.grad *= min(1.0, 1.0 / (previous + 1e-6))
+                p.grad *= min(1.0, CLIP / (previous + 1e-6))
         previous = norms[-1]
         for group in optimizer.param_groups:
             group["lr"] = rate(i)
@@ -166,13 +167,16 @@ def test_ten_steps_uncompiled_equal_plain_pytorch(layers, recompute, accumulatio
         ("segments", 2, True, 4, True),
         ("step", 1, False, 1, True),
         *(
-            pytest.param(mode, 2, recompute, accumulation, tied, marks=slow)
-            for mode in ("segments", "step")
+            pytest.param("segments", 2, recompute, accumulation, tied, marks=slow)
             for recompute in (False, True)
             for accumulation in (1, 4)
             for tied in (False, True)
-            if (mode, recompute, accumulation, tied) not in {("segments", False, 1, False), ("segments", True, 4, True)}
+            if (recompute, accumulation, tied) not in {(False, 1, False), (True, 4, True)}
         ),
+        pytest.param("step", 2, False, 1, False, marks=slow),
+        pytest.param("step", 2, False, 4, True, marks=slow),
+        pytest.param("step", 2, True, 1, True, marks=slow),
+        pytest.param("step", 2, True, 4, False, marks=slow),
     ],
 )
 def test_ten_steps_compiled_equal_plain_pytorch(mode, layers, recompute, accumulation, tied):
@@ -180,7 +184,7 @@ def test_ten_steps_compiled_equal_plain_pytorch(mode, layers, recompute, accumul
     same(got, plain_adamw(layers, tied, accumulation))
 
 
-@pytest.mark.parametrize("clip", ["none", "tensor", "global", "previous"])
+@pytest.mark.parametrize("clip", ["tensor", "global", "previous"])
 @pytest.mark.parametrize(
     ("mode", "recompute", "accumulation"),
     [
@@ -192,11 +196,11 @@ def test_ten_steps_compiled_equal_plain_pytorch(mode, layers, recompute, accumul
 )
 def test_clipping_equals_plain_formulas(mode, recompute, accumulation, clip):
     """Under SGD, which unlike Adam feels every factor. The reported norm is that before clipping."""
-    step = make(llama(1), sgd(momentum=0.9), mode=mode, recompute=recompute, clip=clip, clip_norm=1.0)
+    step = make(llama(1), sgd(momentum=0.9), mode=mode, recompute=recompute, clip=clip, clip_norm=CLIP)
     got = run(step, accumulation, decay=0.0)
     model = llama(1)
     expected = plain(model, torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9), accumulation, clip)
-    assert min(expected.norms) > 1, "nothing was clipped"
+    assert min(expected.norms) > 2 * CLIP, "nothing was clipped"
     same(got, expected)
 
 
@@ -365,9 +369,14 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("which", FROZEN)
 @pytest.mark.parametrize(
-    "mode", ["off", "recompute", pytest.param("segments", marks=slow), pytest.param("step", marks=slow)]
+    ("mode", "which"),
+    [
+        *((mode, which) for mode in ("off", "recompute") for which in FROZEN),
+        pytest.param("segments", "matrices here and there", marks=slow),
+        pytest.param("segments", "last block and head", marks=slow),
+        pytest.param("step", "matrices here and there", marks=slow),
+    ],
 )
 def test_frozen_parameters_are_untouched_and_have_no_gradient(mode, which):
     model, reference = llama(), llama()
@@ -523,7 +532,9 @@ def test_refreshed_bases_never_recompile(mode):
         assert len(result.refreshed) == len(optimizer.due(i))
         refreshed += len(result.refreshed)
         numbers.append(graphs())
-    assert numbers[1] == numbers[-1], numbers
+    settled = 1 if mode == "segments" else next(i for i in range(1, 23) if not optimizer.due(i))
+    assert numbers[settled] == numbers[-1], numbers
+    assert numbers[-1] <= (6 if mode == "segments" else 3), "with bases due: gradients, then the update; without: both"
     assert refreshed > 3 * len(start)
     assert not any(basis.equal(state[name]["basis"]) for name, basis in start.items())
 

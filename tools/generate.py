@@ -22,7 +22,6 @@ from engine.tokenizer import load_tokenizer
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 
-
 TOKENIZER = "tokenizer"  # folder in a run that holds the vocabulary files, where there are any
 
 
@@ -85,7 +84,7 @@ def load_model(folder: Path, device: torch.device) -> Llama:
 
 
 def tokenizer_of(folder: Path) -> str:
-    """The tokenizer a checkpoint was trained with, as `load_tokenizer` takes it: the copy in the run's folder, if any."""
+    """The tokenizer a checkpoint was trained with, as `load_tokenizer` takes it; the run's own copy if it has one."""
     if (folder.parent / TOKENIZER).is_dir():
         return str(folder.parent / TOKENIZER)
     config = _read_json(folder / TRAINER).get("config")

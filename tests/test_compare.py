@@ -1,0 +1,91 @@
+"""Comparisons: finished cells are never run again, the best learning rate is the one that gets more seeds."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimizers.core import UsageError
+from recipes.compare import Row, parse, steps_to, table
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "--compile off --steps 4 --eval-every 2 --eval-windows 2 --sequence 16 --micro-batch 2 --size.hidden-size 16 "
+    "--size.intermediate-size 16 --size.num-hidden-layers 1 --size.num-attention-heads 2"
+).split()
+
+
+def run(out: Path, text: Path, methods: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes.compare", str(out), "--methods", *methods, *more, "--", *TINY]
+    return subprocess.run([*command, "--data", str(text)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 3))
+    return folder
+
+
+def test_cells_are_kept_and_the_best_rate_gets_the_other_seeds(tmp_path: Path, corpus: Path) -> None:
+    out = tmp_path / "compare"
+    methods = ["adamw @ 1e-3,1e-2 = baseline", "sgd @ 1e-2 = baseline --optimizer sgd"]
+    first = run(out, corpus, methods, "--seeds", "0", "1")
+    assert first.returncode == 0, first.stderr
+    cells = json.loads((out / "cells.json").read_text())
+    assert len(cells) == 5  # two rates and one more seed; one rate and one more seed
+    adamw = {(c["lr"], c["seed"]): c["loss"] for c in cells.values() if c["method"] == "adamw"}
+    best = min((1e-3, 1e-2), key=lambda lr: adamw[lr, 0])
+    assert set(adamw) == {(1e-3, 0), (1e-2, 0), (best, 1)}
+    assert all(len(c["curve"]) == 2 and c["steps"] == 4 for c in cells.values())
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert "| adamw |" in (out / "table.md").read_text()
+
+    runs = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+    again = run(out, corpus, [*methods, "muon @ 1e-2 = baseline --optimizer muon"], "--seeds", "0", "1")
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == time for path, time in runs.items()), "a finished cell ran again"
+    assert len(json.loads((out / "cells.json").read_text())) == 7
+
+
+def test_a_diverged_run_is_a_cell_with_an_infinite_loss_and_a_wrong_flag_is_an_error(
+    tmp_path: Path, corpus: Path
+) -> None:
+    out = tmp_path / "compare"
+    diverged = run(out, corpus, ["adamw @ 1e30,1e-3 = baseline"])
+    assert diverged.returncode == 0, diverged.stderr
+    assert {c["lr"]: c["loss"] is None for c in json.loads((out / "cells.json").read_text()).values()} == {
+        1e30: True,
+        1e-3: False,
+    }
+    wrong = run(out, corpus, ["adamw @ 1e-3 = baseline --no-such-flag"])
+    assert wrong.returncode == 2 and "log.txt" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("text", ["adamw", "adamw = baseline", "adamw @ x = baseline", "@ 1 = baseline", "a @ 1 ="])
+def test_a_method_that_cannot_be_read_is_an_error(text: str) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        parse(text)
+
+
+def test_steps_to_interpolates_between_evaluations() -> None:
+    curve = [(10, 4.0), (20, 3.0), (30, 2.0)]
+    assert steps_to(curve, 2.5) == 25
+    assert steps_to(curve, 5.0) == 10
+    assert steps_to(curve, 1.0) is None
+
+
+def test_table_counts_steps_to_the_reference_and_marks_rates_at_an_edge() -> None:
+    cell = {"steps": 30, "state_bytes": 2e6, "seconds_per_step": 0.5}
+    slow = {**cell, "loss": 2.0, "curve": [(10, 4.0), (20, 3.0), (30, 2.0)]}
+    fast = {**cell, "loss": 1.0, "curve": [(10, 3.0), (20, 1.0), (30, 1.0)]}
+    rows = [Row("slow", 1e-3, False, [slow, {**slow, "loss": 2.0}]), Row("fast", 1e-2, True, [fast])]
+    text = table(rows, "slow", {"slow": [(1e-3, 2.0), (1.0, math.inf)]})
+    assert "| slow | 0.001 | 2.0000 ± 0.0000 (n=2) | 30 (1.00) |" in text
+    assert "| fast | 0.01 (edge) | 1.0000 (n=1) | 15 (0.50) |" in text
+    assert "1 → inf" in text
