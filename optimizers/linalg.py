@@ -71,7 +71,7 @@ def svd_basis(g: Tensor, rank: int) -> Tensor:
     return basis.contiguous()
 
 
-def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, power: int = 2) -> Tensor:
+def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, power: int = 1) -> Tensor:
     """The same directions from a randomized range finder (Halko, Martinsson & Tropp 2011): a Gaussian sketch of
     r + oversample directions of the short side, 1 + `power` times through S = G^T G (or G G^T), the best r kept.
 
@@ -79,13 +79,14 @@ def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, p
     their number, for which one more iteration gains more at a large rank, so `oversample` is 8 up to rank 64, else 0.
     Not finite where g is not.
     """
-    x = g.float() if tall(g) else g.float().mT  # long x short
-    short = x.shape[-1]
+    x = g.float() if tall(g) else g.float().mT
+    long, short = x.shape[-2:]
     size = min(rank + (8 if rank <= 64 else 0) if oversample is None else rank + oversample, short)
-    s = gram(x) if short <= 8 * size else None
+    times = 1 + power
+    s = gram(x) if long * short + 2 * times * short * size < 4 * times * long * size else None
     y = normal(key, (short, size), x.device).expand(*x.shape[:-2], short, size)
-    for i in range(1 + power):
-        y = torch.linalg.qr(y)[0] if i > 1 else y / y.abs().amax()  # two products lose only what holds little energy
+    for i in range(times):
+        y = torch.linalg.qr(y)[0] if i else y
         y = s @ y if s is not None else x.mT @ (x @ y)
     q: Tensor
     q, r = torch.linalg.qr(y)
@@ -96,7 +97,7 @@ def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, p
     return q.contiguous()
 
 
-def gram(x: Tensor, blocks: int = 4) -> Tensor:
+def gram(x: Tensor, blocks: int = 8) -> Tensor:
     """x^T x (..., n, n), by blocks of columns: little more than half the work of the plain product."""
     n = x.shape[-1]
     width = -(-n // blocks)

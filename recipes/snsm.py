@@ -16,7 +16,7 @@ import tyro
 
 from optimizers import snsm
 from optimizers.adamw import adamw
-from optimizers.core import Group, Params, Rule
+from optimizers.core import Group, Params, Rule, UsageError
 
 from .common import MATRICES, TrainConfig, main, train
 
@@ -44,6 +44,10 @@ class Snsm(TrainConfig):
     head: bool = True
     """Train the head with the method too, as the authors do; else with AdamW."""
 
+    def check(self) -> None:
+        super().check()
+        self.at_least("update_proj_gap", 1)
+
     @property
     def optimizer(self) -> str:
         return self.method
@@ -51,7 +55,10 @@ class Snsm(TrainConfig):
 
 def rule(config: Snsm) -> Rule:
     """The rule for the matrices."""
-    subset = config.subset if config.subset in ("heuristic", "sqrt") else int(config.subset)
+    try:
+        subset = config.subset if config.subset in ("heuristic", "sqrt") else int(config.subset)
+    except ValueError:
+        raise UsageError(f"--subset must be heuristic, sqrt or a whole number, got {config.subset!r}") from None
     if config.method in ("adam_sn", "adagrad_sn", "rmsprop_sn"):
         return getattr(snsm, config.method)(subset=subset)
     options: dict[str, object] = {

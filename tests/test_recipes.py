@@ -124,6 +124,7 @@ def test_a_run_prints_who_trains_what_and_leaves_its_files(tmp_path, optimizer):
         assert path in done.out, f"{path} is not named at the end"
 
 
+@pytest.mark.slow
 def test_a_compiled_run_gives_the_numbers_of_an_uncompiled_one(tmp_path):
     corpus(tmp_path)
     plain = here(tmp_path, f"baseline {TINY} --out plain")
@@ -226,6 +227,18 @@ def test_wrong_arguments_are_one_line_that_names_them(tmp_path, case):
     line = refused(here(tmp_path, f"baseline {TINY} --out run {flags}"), 2)
     assert all(text in line for text in named), line
     assert not (tmp_path / "run").exists(), "a run that never began leaves no folder"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--subset some", "--subset must be heuristic, sqrt or a whole number, got 'some'"),
+        ("--update-proj-gap 0", "--update-proj-gap must be at least 1, got 0"),
+        ("--rank 17", "model.layers.0.self_attn.q_proj.weight (16, 16): rank must lie in [1, 16]"),
+    ],
+)
+def test_wrong_arguments_of_snsm_are_named(tmp_path, flags, named):
+    assert named in refused(here(corpus(tmp_path), f"snsm demo {TINY} --out run {flags}"), 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here CUDA is no wrong argument")

@@ -502,10 +502,10 @@ def compiled_graphs(step: Step, steps: int) -> list[int]:
 
 
 def test_blocks_share_their_graphs_and_a_schedule_never_recompiles():
-    shallow = compiled_graphs(make(llama(4), mode="segments", clip="previous"), 3)
-    deep = compiled_graphs(make(llama(16), mode="segments", clip="previous"), 50)
+    shallow = compiled_graphs(make(llama(4), mode="segments", clip="previous"), 50)
+    deep = compiled_graphs(make(llama(16), mode="segments", clip="previous"), 3)
     assert shallow[-1] == deep[-1] == 6, "forward of embedding, block and head, and an update of each"
-    assert deep[0] == deep[-1], "all of them on the first step"
+    assert shallow[0] == shallow[-1], "all of them on the first step"
 
 
 @pytest.mark.parametrize("mode", ["segments", pytest.param("step", marks=slow)])
@@ -575,6 +575,17 @@ class Roots(nn.ModuleList):
             Segment(kind, module, {"weight": f"{i}.weight"}, function)
             for i, (module, (kind, function)) in enumerate(zip(self, kinds, strict=True))
         ]
+
+
+def roots(module: nn.ParameterDict, batch: dict[str, Tensor]) -> Tensor:
+    return sum(p.sqrt().sum() for p in module.values())
+
+
+@pytest.mark.parametrize("named", ["a", "b", "c"])
+def test_the_parameter_of_a_segment_without_a_finite_gradient_is_named(named):
+    module = nn.ParameterDict({name: torch.tensor([1.0, 0.0 if name == named else 1.0]) for name in "abc"})
+    result = make(module, loss=roots)([{}], hypers(0), 0)
+    assert result.first_nonfinite() == named
 
 
 @pytest.mark.parametrize("recompute", [False, True])

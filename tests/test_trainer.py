@@ -141,11 +141,12 @@ def test_a_resume_takes_a_run_or_a_step_by_its_path(tmp_path):
 # Stopping.
 
 
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+def wait_for(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    """Until the run has a checkpoint of at least this step."""
     end = time.monotonic() + 120
-    while not path.exists():
+    while not any(int(path.name[5:]) >= step for path in folder.glob("step-*")):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {path.name} in two minutes"
+        assert time.monotonic() < end, f"no step {step} in two minutes"
         time.sleep(0.002)
 
 
@@ -153,12 +154,12 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
 def test_killed_and_interrupted_processes_go_on_as_if_nothing_had_happened(tmp_path):
     """One run, killed once, interrupted once, and resumed each time, against one that was left alone."""
     run = line(
-        "baseline", "--optimizer galore --rank 4 --update-proj-gap 7 --steps 300 --save-every 20 --eval-every 100"
+        "baseline", "--optimizer galore --rank 4 --update-proj-gap 7 --steps 500 --save-every 20 --eval-every 100"
     )
     folder = corpus(tmp_path) / "stopped"
 
     process = start(tmp_path, f"{run} --out stopped --resume auto")
-    wait_for(folder / "step-00000040", process)
+    wait_for(folder, 40, process)
     process.kill()
     assert finish(process).code == -signal.SIGKILL
     assert not (folder / "result.json").exists()
@@ -166,7 +167,7 @@ def test_killed_and_interrupted_processes_go_on_as_if_nothing_had_happened(tmp_p
     assert killed_at >= 40
 
     process = start(tmp_path, f"{run} --out stopped --resume auto")
-    wait_for(folder / f"step-{killed_at + 60:08d}", process)
+    wait_for(folder, killed_at + 60, process)
     process.send_signal(signal.SIGINT)
     done = finish(process)
     assert done.code == 130, done.err
@@ -174,7 +175,7 @@ def test_killed_and_interrupted_processes_go_on_as_if_nothing_had_happened(tmp_p
     saved = newest(folder)
     assert f"SIGINT: saved stopped/step-{saved.step:08d}; continue with --resume auto" in done.err
     assert f"resuming stopped/step-{killed_at:08d} at step {killed_at}" in done.out
-    assert killed_at + 60 <= saved.step < 300
+    assert killed_at + 60 <= saved.step < 500
     assert not (folder / "result.json").exists()
 
     done = finish(start(tmp_path, f"{run} --out stopped --resume auto"))
