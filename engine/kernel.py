@@ -32,7 +32,7 @@ def make_kernel(rules: Sequence[Rule], clip: str = "none") -> Kernel:
     ) -> Tensor:
         squares = []
         for i, (rule, g, old, p, hyper) in enumerate(zip(rules, grads, slots, params, hypers, strict=True)):
-            square = g.float().square().sum()
+            square = g.float().square().sum(-1, keepdim=True).sum()  # by rows: Subset-Norm's own sums, read once
             squares.append(square)
             if clip == "tensor":
                 g = g.float() * (bound / (square.sqrt() + 1e-6)).clamp(max=1)

@@ -67,8 +67,8 @@ def galore(
         m = slots["exp_avg"].lerp(c, 1 - b1)
         v = slots["exp_avg_sq"] * b2 + (1 - b2) * c * c
         n = m / (v.sqrt() + eps)
-        moved = p.float() - lr * scale * c2.sqrt() / c1 * lift(n, q, p)
-        delta = moved - lr * hyper["weight_decay"] * moved - p.float()
+        decay = lr * hyper["weight_decay"]
+        delta = -(1 - decay) * lr * scale * c2.sqrt() / c1 * lift(n, q, p) - decay * p.float()
         return delta, {**scalars, "basis": q, "exp_avg": m, "exp_avg_sq": v}
 
     return Rule("galore", init, update, refresh, update_proj_gap)
