@@ -16,6 +16,8 @@ class Segment(NamedTuple):
     each parameter's name inside `module` to its full name in the model's `named_parameters`; where a parameter is
     tied, two segments map to the same full name and their gradients add up.
 
+    Buffers are the template's: they must be the same in all segments of a kind, and nothing may write to them.
+
     `call(module, x, batch)` is a module-level function: the first segment gets x = None, the last returns the *sum*
     of the loss over valid targets, 0-d float32. `tokens` says that this sum may be taken over slices: the last
     segment then accepts any x (..., C) with batch["targets"] (...).

@@ -39,6 +39,8 @@ def galore(
     b1, b2 = betas
     if moments not in ("keep", "reset", "rotate"):
         raise UsageError(f"galore: moments must be 'keep', 'reset' or 'rotate', got {moments!r}")
+    if update_proj_gap < 1:
+        raise UsageError(f"galore: update_proj_gap must be at least 1, got {update_proj_gap}")
     if basis not in ("range", "svd"):
         raise UsageError(f"galore: basis must be 'range' or 'svd', got {basis!r}")
 

@@ -79,6 +79,8 @@ class TrainConfig(RunConfig):
     def check(self) -> None:
         super().check()
         self.at_least("lr", 0)
+        if not self.lr < 3e38:
+            raise UsageError(f"--lr must be a float32, got {self.lr}")
         self.at_least("weight_decay", 0)
 
     def shape(self, vocab_size: int) -> LlamaConfig:
