@@ -12,10 +12,28 @@ from optimizers.core import UsageError
 from recipes.compare import Row, parse, steps_to, table
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--compile off --steps 4 --eval-every 2 --eval-windows 2 --sequence 16 --micro-batch 2 --size.hidden-size 16 "
-    "--size.intermediate-size 16 --size.num-hidden-layers 1 --size.num-attention-heads 2"
-).split()
+TINY = [
+    "--compile",
+    "off",
+    "--steps",
+    "4",
+    "--eval-every",
+    "2",
+    "--eval-windows",
+    "2",
+    "--sequence",
+    "16",
+    "--micro-batch",
+    "2",
+    "--size.hidden-size",
+    "16",
+    "--size.intermediate-size",
+    "16",
+    "--size.num-hidden-layers",
+    "1",
+    "--size.num-attention-heads",
+    "2",
+]
 
 
 def run(out: Path, text: Path, methods: list[str], *more: str) -> subprocess.CompletedProcess[str]:
