@@ -257,9 +257,15 @@ def _finish(config: TrainConfig, trainer: Trainer, metrics: Metrics, loss: float
         f"checkpoint   {checkpoint.latest(out).path or config.resume}\n"
         f"loss curve   {out / 'loss.png'}\n"
         f"numbers      {out / 'metrics.jsonl'}, {out / 'result.json'}\n"
-        f"look at it   tensorboard --logdir {out}\n"
-        f"more text    python -m tools.generate {out} --prompt {shlex.quote(config.prompt)}"
+        f"look at it   {command('tensorboard')} --logdir {out}\n"
+        f"more text    {command('python')} -m tools.generate {out} --prompt {shlex.quote(config.prompt)}"
     )
+
+
+def command(name: str) -> str:
+    """What to type for a program of this environment: its path where the environment lies below this folder."""
+    folder, here = Path(sys.prefix), Path.cwd()
+    return str(folder.relative_to(here) / "bin" / name) if folder.is_relative_to(here) else name
 
 
 def main(parse: Callable[[], Config], run: Callable[[Config], None]) -> None:

@@ -16,12 +16,12 @@ from engine.metrics import read
 from tools.plot import loss_curve
 
 from . import baseline, snsm
-from .common import main, train
+from .common import command, main, train
 
 
 @dataclass(frozen=True)
 class Demo:
-    steps: int = 240
+    steps: int = 320
     """Optimizer steps of each of the two runs."""
     out: Path | None = None
     """Folder of the demo; by default a new one under runs/."""
@@ -59,7 +59,7 @@ def demo(config: Demo) -> None:
     picture = loss_curve(out / "loss.png", curves, "SNSM and AdamW on the standard library", held_out=points)
     console.rule("the two")
     console.print(table)
-    console.print(f"curves       {picture}\nlook at it   tensorboard --logdir {out}", highlight=False)
+    console.print(f"curves       {picture}\nlook at it   {command('tensorboard')} --logdir {out}", highlight=False)
 
 
 if __name__ == "__main__":
