@@ -1,7 +1,6 @@
 """Subset-Norm and Subspace-Momentum: the authors' trajectories, a float64 replay, reductions, projections, bytes."""
 
 import json
-from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -35,15 +34,6 @@ GOLDEN = Path(__file__).parent / "golden" / "snsm"
 KINDS = projections.KINDS
 DENSE = ("auto", "svd", "range", "random")
 SHAPES = [(8, 12), (12, 8), (16, 16), (5, 3)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 """One training step against plain PyTorch in every mode, what it holds in memory, and how often it compiles."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pytest
@@ -27,15 +27,6 @@ STEPS, LR, DECAY, VOCABULARY = 10, 1e-2, 0.1, 97
 CLIP = 0.3
 EPS = 1e-4  # well above rounding noise in gradients, which Adam would otherwise blow up to full-sized steps
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Run(NamedTuple):
