@@ -4,24 +4,27 @@ python -m recipes.baseline                                              the demo
 python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
 from optimizers.adamw import adamw
-from optimizers.core import Group, Params
+from optimizers.core import Group, Params, UsageError
 from optimizers.galore import galore
 from optimizers.muon import muon
 from optimizers.sgd import sgd
 
-from .common import TrainConfig, groups_for, main, train
+from .common import MATRICES, TrainConfig, groups_for, main, train
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline(TrainConfig):
     optimizer: Literal["adamw", "sgd", "muon", "galore"] = "adamw"
     """The rule for the matrices of attention and MLP; AdamW trains the rest."""
+    match: tuple[str, ...] = (MATRICES,)
+    """sgd, muon, galore: regular expressions on the names of what the rule trains; the rest is AdamW's."""
     betas: tuple[float, float] = (0.9, 0.999)
     """adamw, galore: decay of the two moments."""
     momentum: float = 0.95
@@ -42,21 +45,39 @@ class Baseline(TrainConfig):
     def check(self) -> None:
         super().check()
         self.at_least("update_proj_gap", 1)
+        for pattern in self.match:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--match {pattern!r} is no regular expression: {error}") from None
 
 
 def groups(config: Baseline, params: Params) -> list[Group]:
-    """Who trains what."""
+    """Who trains what; AdamW's groups only where something is left for them."""
+    first, *rest = every_group(config)
+    if config.optimizer == "adamw":
+        return [first, *rest]
+    left = [name for name in params if not any(re.search(pattern, name) for pattern in config.match)]
+    norms, others = [n for n in left if "norm" in n], [n for n in left if "norm" not in n]
+    return [first] + [group for group, own in zip(rest, (norms, others), strict=True) if own]
+
+
+def every_group(config: Baseline) -> list[Group]:
+    """The rule's group, then AdamW's."""
+    why = "matrices of attention and MLP" if config.match == (MATRICES,) else "asked for by --match"
     match config.optimizer:
         case "adamw":
             return groups_for(config, adamw(config.betas), "everything else")
         case "sgd":
-            return groups_for(config, sgd(config.momentum, config.nesterov), "matrices of attention and MLP")
+            return groups_for(
+                config, sgd(config.momentum, config.nesterov), "matrices of attention and MLP", config.match
+            )
         case "muon":
             rule = muon(config.momentum, config.nesterov, adjust_lr=config.adjust_lr)
-            return groups_for(config, rule, "matrices of attention and MLP")
+            return groups_for(config, rule, why, config.match)
         case "galore":
             rule = galore(config.rank, config.update_proj_gap, config.scale, config.betas, moments=config.moments)
-            return groups_for(config, rule, "matrices of attention and MLP")
+            return groups_for(config, rule, why, config.match)
 
 
 if __name__ == "__main__":
