@@ -100,9 +100,9 @@ Config = TypeVar("Config")
 
 
 def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str] = (MATRICES,)) -> list[Group]:
-    """`rule` on the matrices that match; AdamW on the rest."""
+    """`rule` on the matrices that match; AdamW on the rest, at a rate of its own where asked."""
     rest = config.lr if config.rest_lr is None else config.rest_lr
-    if rule.name == "adamw":
+    if rule.name == "adamw" and config.rest_lr is None:
         return [
             Group("adamw-norms", rule, ("norm",), config.lr, 0.0, "norms: never decayed"),
             Group("adamw", rule, ("",), config.lr, config.weight_decay, why),
@@ -110,7 +110,7 @@ def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str
     return [
         Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why),
         Group("adamw-norms", adamw(), ("norm",), rest, 0.0, "norms: vectors, never decayed"),
-        Group("adamw", adamw(), ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
+        Group("adamw-rest", adamw(), ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
     ]
 
 
