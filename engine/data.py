@@ -111,26 +111,30 @@ class Batches:
     """Windows of `seq` tokens in a new pseudo-random order each epoch, forever.
 
     The position is one integer, the windows consumed since the start of training: window i of the run is at place
-    i % n of epoch i // n. Batches may straddle epochs, so none is short and none is lost.
+    i % n of epoch i // n. Batches may straddle epochs, so none is short and none is lost; unless epochs must begin
+    with a batch of `align` windows: then each is filled up with rows without any target, numbered -1.
     """
 
-    def __init__(self, tokens: Tokens, seq: int, seed: int = 0) -> None:
+    def __init__(self, tokens: Tokens, seq: int, seed: int = 0, align: int = 1) -> None:
         self.tokens, self.seq, self.seed = tokens, seq, seed
         self.windows = tokens.windows(seq)
+        self.epoch = -(-self.windows // align) * align  # positions in one
 
     def which(self, position: int, size: int) -> Ints:
         """The windows at `position`, ..., `position + size - 1`."""
-        epoch, place = divmod(position, self.windows)
+        epoch, place = divmod(position, self.epoch)
         chosen: list[Ints] = []
         while size > 0:
-            places = np.arange(place, min(place + size, self.windows))
-            chosen.append(order(self.seed, epoch, self.windows, places))
+            places = np.arange(place, min(place + size, self.epoch))
+            real = places[places < self.windows]
+            chosen += [order(self.seed, epoch, self.windows, real), np.full(len(places) - len(real), -1)]
             epoch, place, size = epoch + 1, 0, size - len(places)
         return np.concatenate(chosen)
 
     def batch(self, position: int, size: int) -> dict[str, Tensor]:
         """`input_ids` and `targets`, int64 (size, seq). Targets are shifted already; IGNORED ones count for nothing."""
-        return self._stack([self.tokens.window(int(k), self.seq) for k in self.which(position, size)])
+        rows = [self.tokens.window(int(k), self.seq) if k >= 0 else self._blank for k in self.which(position, size)]
+        return self._stack(rows)
 
     def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """The first `limit` windows (all by default), once, in the order of the text, as batches like `batch`'s.
@@ -138,10 +142,13 @@ class Batches:
         The last batch is filled up with rows without any target, so that every batch has the same shape.
         """
         count = self.windows if limit is None else min(limit, self.windows)
-        blank = np.full(self.seq, self.tokens.eos), np.full(self.seq, IGNORED)
         for first in range(0, count, size):
             rows = [self.tokens.window(k, self.seq) for k in range(first, min(first + size, count))]
-            yield self._stack(rows + [blank] * (size - len(rows)))
+            yield self._stack(rows + [self._blank] * (size - len(rows)))
+
+    @property
+    def _blank(self) -> tuple[Ints, Ints]:
+        return np.full(self.seq, self.tokens.eos), np.full(self.seq, IGNORED)
 
     @staticmethod
     def _stack(rows: list[tuple[Ints, Ints]]) -> dict[str, Tensor]:

@@ -30,9 +30,10 @@ class Move(NamedTuple):
 
 
 def make_graph(
-    chain: Chain, names: Sequence[str], kernel: Kernel, recompute: bool, clip_norm: Tensor | None
+    chain: Chain, names: Sequence[str], moved: Sequence[str], kernel: Kernel, recompute: bool, clip_norm: Tensor | None
 ) -> Callable[..., tuple[Tensor, Params, Tensor | None]]:
-    """A compiled (params, batch, scale, held, move) -> (loss, gradients, squared norms) for trainable `names`.
+    """A compiled (params, batch, scale, held, move) -> (loss, gradients, squared norms) for trainable `names`, whose
+    gradients move the parameters `moved`.
 
     `held` are gradients to add to (None for the first micro-batch). Given `move`, the parameters move in place, no
     gradients are returned and the norms are; else the reverse. A `clip_norm` clips the global norm before the update.
@@ -100,7 +101,7 @@ def make_graph(
         if clip_norm is not None:
             norm = torch.stack([g.float().square().sum() for g in ordered]).sum().sqrt()
             bound = (clip_norm / (norm + 1e-6)).clamp(max=1)
-        squares = kernel(ordered, move.slots, [params[n] for n in names], move.hypers, bound, move.seed)
+        squares = kernel(ordered, move.slots, [params[n] for n in moved], move.hypers, bound, move.seed)
         return total, {}, squares
 
     return compiled(whole)

@@ -39,7 +39,8 @@ def make_kernel(rules: Sequence[Rule], clip: str = "none") -> Kernel:
             elif clip == "scale":
                 g = g.float() * bound
             delta, new = rule.update(g, old, p, hyper)
-            p.copy_(add(p, delta, None if seed is None else seed + i))
+            if delta is not None:
+                p.copy_(add(p, delta, None if seed is None else seed + i))
             for slot, value in new.items():
                 if value is not old[slot]:
                     old[slot].copy_(value)

@@ -7,13 +7,13 @@
 All three give the same numbers, with activations stored or recomputed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimizers.core import Hyper, Optimizer, Params, State, UsageError
+from optimizers.core import PARKED, Hyper, Optimizer, Params, State, UsageError, part
 from optimizers.random import Key, fold
 
 from . import passes
@@ -69,13 +69,14 @@ class Step:
         memory. Raises UsageError where segments and `params` do not name the same tensors.
         """
         self.chain = Chain(segments, mode == "segments", compute_dtype, logits)
-        if set(self.chain.names) != params.keys():
+        self.params, self.optimizer, self.state = params, optimizer, state
+        shown = self.view()
+        if set(self.chain.names) != shown.keys():
             raise UsageError(
                 "segments and parameters name different tensors: "
-                f"only the segments {sorted(set(self.chain.names) - params.keys())[:3]}, "
-                f"only the parameters {sorted(params.keys() - set(self.chain.names))[:3]}"
+                f"only the segments {sorted(set(self.chain.names) - shown.keys())[:3]}, "
+                f"only the parameters {sorted(shown.keys() - set(self.chain.names))[:3]}"
             )
-        self.params, self.optimizer, self.state = params, optimizer, state
         self.mode, self.recompute, self.clip, self.key = mode, recompute, clip, key
         self.stochastic_rounding = stochastic_rounding
         self.device = next(iter(params.values())).device
@@ -99,19 +100,48 @@ class Step:
             loss = run(self.chain, everything, batches, scales, update.use)
         return update.finish(loss)
 
+    def view(self) -> Params:
+        """The tensors that the segments see now, by the names that they use."""
+        trainable, frozen = self.optimizer.view(self.params, self.state)
+        return {**frozen, **trainable}
+
+    @torch.no_grad()
+    def turn(self, step: int) -> bool:
+        """Change what is due before `step` (a mask, a subspace), one segment's parameters after another's."""
+        if not self.optimizer.turns(step):
+            return False
+        state: State = {}
+        for names in self.chain.owned:
+            params = {name: self.params[name] for name in names if name in self.params}
+            moved, own = self.optimizer.turn(params, part(self.state, params), step, self.key)
+            for name, p in moved.items():
+                if p is not params[name]:
+                    params[name].copy_(p)
+            for key in part(self.state, params):
+                del self.state[key]
+            state |= own
+        order = [key for name in self.params for key in (name, PARKED + name) if key in state]
+        self.state |= {key: state[key] for key in order}
+        return True
+
+    def moved(self, names: Iterable[str]) -> list[str]:
+        """The parameters that these gradients move."""
+        return [self.optimizer.moves.get(name, name) for name in names]
+
     def _in_one_graph(
         self, batches: Sequence[Batch], params: Params, scales: list[Tensor], update: "_Update"
     ) -> Tensor:
         """The last micro-batch's graph ends in the update, unless a basis must be rebuilt from the gradients first."""
         names = tuple(update.trainable)
         if names not in self._graphs:
-            kernel = make_kernel([self.optimizer.owner[n].rule for n in names], _scaling(self.clip))
+            moved = self.moved(names)
+            kernel = make_kernel([self.optimizer.owner[n].rule for n in moved], _scaling(self.clip))
             bound = self.clip_norm if self.clip == "global" else None
-            self._graphs[names] = make_graph(self.chain, names, kernel, self.recompute, bound)
-        bare = {name: p.detach() for name, p in params.items()}
+            self._graphs[names] = make_graph(self.chain, names, moved, kernel, self.recompute, bound)
+        bare = {name: p.detach() for name, p in {**self.params, **params}.items()}
         total, held, squares = torch.zeros_like(scales[0]), None, None
         for j, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
-            move = update.move(names) if j == len(batches) - 1 and not update.due else None
+            move = update.move(self.moved(names)) if j == len(batches) - 1 and not update.due else None
             loss, held, squares = self._graphs[names](bare, batch, scale, held, move)
             total += loss
         if squares is not None:
@@ -142,7 +172,7 @@ class _Update:
 
     def __init__(self, step: Step, trainable: Params, hypers: Mapping[str, Hyper], count: int) -> None:
         self.step, self.trainable, self.hypers, self.count = step, trainable, hypers, count
-        self.due = {name for name in step.optimizer.due(count) if name in trainable}
+        self.due = {name for name in step.optimizer.due(count) if name in set(step.moved(trainable))}
         self.squares: list[tuple[tuple[str, ...], Tensor]] = []
         self.refreshed: list[Tensor] = []
         self.waiting: list[Params] = []
@@ -170,24 +200,23 @@ class _Update:
 
     @torch.no_grad()
     def _move(self, grads: Params) -> None:
-        names, state = tuple(grads), self.step.state
-        for name in names:
+        names, state = self.step.moved(grads), self.step.state
+        for name, g in zip(names, grads.values(), strict=True):
             if name in self.due:
                 rebuild = self.step.optimizer.owner[name].rule.refresh
                 assert rebuild is not None, name
-                slots, ok = rebuild(grads[name], state[name], fold(self.step.key, name, self.count))
+                slots, ok = rebuild(g, state[name], fold(self.step.key, name, self.count))
                 for slot, value in slots.items():
                     if value is not state[name][slot]:
                         state[name][slot].copy_(value)
                 self.refreshed.append(ok)
         move = self.move(names)
-        params = [self.trainable[name].detach() for name in names]
-        squares = self.step.kernel(names)(
-            [grads[name] for name in names], move.slots, params, move.hypers, move.bound, move.seed
-        )
-        self.squares.append((names, squares))
+        params = [self.step.params[name].detach() for name in names]
+        kernel = self.step.kernel(tuple(names))
+        squares = kernel(list(grads.values()), move.slots, params, move.hypers, move.bound, move.seed)
+        self.squares.append((tuple(grads), squares))
 
-    def move(self, names: tuple[str, ...]) -> Move:
+    def move(self, names: Sequence[str]) -> Move:
         """The kernel's arguments for these parameters."""
         seed = None
         if self.step.stochastic_rounding:  # low bits stay free for the kernel's own count

@@ -70,21 +70,27 @@ class Trainer:
                 f"{saved.path}: was trained on other data or with --sequence {was['sequence']}; its position in the "
                 "data means nothing here. Give it the same --data, --tokenizer and --sequence"
             )
-        for name, slots in self.step.state.items():
-            theirs = saved.state.get(name, {})
-            mine, other = ({k: (tuple(t.shape), t.dtype) for k, t in s.items()} for s in (slots, theirs))
-            if mine != other:
+        expected = self.step.optimizer.init(self.step.params, saved.step)
+        for name in {**expected, **saved.state}:
+            mine, other = (
+                {slot: (tuple(t.shape), t.dtype) for slot, t in state.get(name, {}).items()}
+                for state in (expected, saved.state)
+            )
+            if mine != other or (name in expected) != (name in saved.state):
                 raise CheckpointError(
-                    f"{saved.path}: optimizer state of {name} is {other}, expected {mine}; resume with the optimizer, "
-                    "rank and precision that it was trained with"
+                    f"{saved.path}: optimizer state of {name} is {other or 'not there'}, expected {mine or 'none'}; "
+                    "resume with the optimizer, its settings, seed and precision that it was trained with"
                 )
         try:
             checkpoint.restore_into(self.step.params, saved.params)
         except CheckpointError as error:
             raise CheckpointError(f"{saved.path}: {error}") from None
-        for name, slots in self.step.state.items():
-            for slot, value in slots.items():
-                value.copy_(saved.state[name][slot])
+        copies: dict[int, Tensor] = {}  # slots that two tensors share stay one
+        self.step.state.clear()
+        for name, slots in saved.state.items():
+            for t in slots.values():
+                copies.setdefault(id(t), t.to(self.step.device, copy=True))
+            self.step.state[name] = {slot: copies[id(t)] for slot, t in slots.items()}
         self.done, self.position = saved.step, saved.trainer["position"]
         self.step.previous = torch.tensor(saved.trainer["previous_norm"], device=self.step.device)
         now = self.config.plain()
@@ -125,8 +131,9 @@ class Trainer:
         """Mean loss over held-out windows, every target once."""
         total = torch.zeros((), dtype=torch.float64)
         count = torch.zeros((), dtype=torch.float64)
+        params = self.step.view()
         for batch in self.validation.evaluation(self.config.micro_batch, self.config.eval_windows):
-            loss, valid = self.step.chain.loss(self.step.params, self._to_device(batch))
+            loss, valid = self.step.chain.loss(params, self._to_device(batch))
             total += loss.double().cpu()
             count += valid.double().cpu()
         return float(total / count)
@@ -149,7 +156,7 @@ class Trainer:
         }
         rules = {
             "optimizer": ",".join(g.rule.name for g in self.groups.values()),
-            "period": str(self.step.optimizer.period),
+            **self.step.optimizer.about,
         }
         path = checkpoint.save(
             self.out, self.done, self.step.params, self.step.state, trainer, self.model_config, rules
@@ -165,7 +172,9 @@ class Trainer:
         for name, group in self.groups.items():
             self.hypers[name]["lr"].fill_(group.lr * factor)
             self.hypers[name]["weight_decay"].fill_(group.weight_decay)
-        first = self.position
+        self.step.turn(self.done)
+        size = config.micro_batch * config.accumulation
+        first = self.position + (self.step.optimizer.batch(self.done) - self.done) * size
         batches = [
             self._to_device(self.data.batch(first + j * config.micro_batch, config.micro_batch))
             for j in range(config.accumulation)

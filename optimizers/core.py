@@ -6,7 +6,8 @@ whole model: it says who owns which parameter, what is trainable now (`view`) an
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -28,15 +29,15 @@ class Rule(NamedTuple):
     """How one tensor moves.
 
     `init(p) -> slots` allocates state and draws nothing. `update(g, slots, p, hyper) -> (delta, slots)` is hot and
-    is compiled; the new value is `p + delta`. `refresh(g, slots, key) -> (slots, ok)` is cold and eager: every `gap`
-    steps it rebuilds what depends on this step's gradient (a subspace basis) before `update` sees it; `ok` is a 0-d
-    bool that is False where the gradient was unusable and the old slots were kept. That is at step 0 and where
-    step mod gap = `offset`.
+    is compiled; the new value is `p + delta`, or p itself where delta is None. `refresh(g, slots, key) -> (slots, ok)`
+    is cold and eager: every `gap` steps it rebuilds what depends on this step's gradient (a subspace basis) before
+    `update` sees it; `ok` is a 0-d bool that is False where the gradient was unusable and the old slots were kept.
+    That is at step 0 and where step mod gap = `offset`.
     """
 
     name: str
     init: Callable[[Tensor], Slots]
-    update: Callable[[Tensor, Slots, Tensor, Hyper], tuple[Tensor, Slots]]
+    update: Callable[[Tensor, Slots, Tensor, Hyper], tuple[Tensor | None, Slots]]
     refresh: Callable[[Tensor, Slots, Key], tuple[Slots, Tensor]] | None = None
     gap: int = 0
     offset: int = 0
@@ -54,15 +55,37 @@ class Group(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """How a model moves. `owner` maps every parameter to its group; `period` 0 means that `turn` is never needed."""
+    """How a model moves. `owner` maps every parameter to its group.
+
+    `init(params, step)` is the state as it stands once `step` steps are done, values aside: at 0, a fresh one.
+    `view(params, state) -> (trainable, frozen)` is the model as its segments see it now. A trainable name is a
+    parameter, or something in the state that stands for one: its gradient moves the parameter `moves[name]`.
+    `due(step)` names the parameters whose rule refreshes at this step.
+    `turn(params, state, step, key) -> (params, state)` is cold: what changes between steps (a mask, a subspace),
+    before those steps for which `turns` holds. It takes any part of the model, so that the engine can turn one segment
+    after another and never holds a second copy of the weights. `batch(step)` is the batch that a step trains on, where
+    order is part of the method. `about` goes into the head of every checkpoint's state.
+    """
 
     owner: Mapping[str, Group]
-    init: Callable[[Params], State]
-    view: Callable[[Params, State], tuple[Params, Params]]
+    init: Callable[..., State]
     update: Callable[[Params, State, Params, Mapping[str, Hyper]], tuple[Params, State]]
     due: Callable[[int], tuple[str, ...]]
-    turn: Callable[[Params, State, int, Key], tuple[Params, State]]
-    period: int = 0
+    view: Callable[[Params, State], tuple[Params, Params]] = lambda params, state: (params, {})
+    turns: Callable[[int], bool] = lambda step: False
+    turn: Callable[[Params, State, int, Key], tuple[Params, State]] = lambda params, state, step, key: (params, state)
+    moves: Mapping[str, str] = MappingProxyType({})
+    batch: Callable[[int], int] = lambda step: step
+    about: Mapping[str, str] = MappingProxyType({})
+
+
+PARKED = "parked:"  # before a parameter's name in the state: slots of a frozen tensor, kept for its return
+
+
+def part(state: State, names: Iterable[str]) -> State:
+    """The state of these parameters, parked slots among it."""
+    own = set(names)
+    return {key: slots for key, slots in state.items() if key.removeprefix(PARKED) in own}
 
 
 def route(names: Sequence[str], groups: Sequence[Group]) -> dict[str, Group]:
@@ -120,39 +143,45 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
             spread = stagger({n: s for n, s in gapped.items() if owner[n].rule.gap == gap}, gap)
             offsets |= {n: (offset + offsets[n]) % gap for n, offset in spread.items()}
 
-    def init(params: Params) -> State:
-        state = {}
-        for name, p in params.items():
-            try:
-                state[name] = owner[name].rule.init(p)
-            except UsageError as error:
-                raise UsageError(f"{name} {tuple(p.shape)}: {error}") from None
-        return state
-
-    def update(grads: Params, state: State, params: Params, hyper: Mapping[str, Hyper]) -> tuple[Params, State]:
-        new_params, new_state = dict(params), dict(state)
-        for name, g in grads.items():
-            group = owner[name]
-            delta, new_state[name] = group.rule.update(g, state[name], params[name], hyper[group.name])
-            new_params[name] = add(params[name], delta)
-        return new_params, new_state
-
     def due(step: int) -> tuple[str, ...]:
         return tuple(n for n, offset in offsets.items() if step == 0 or step % owner[n].rule.gap == offset)
 
-    return Optimizer(
-        owner,
-        init,
-        view=lambda params, state: (params, {}),
-        update=update,
-        due=due,
-        turn=lambda params, state, step, key: (params, state),
-    )
+    return Optimizer(owner, lambda params, step=0: blank(owner, params), updating(owner), due)
+
+
+def blank(owner: Mapping[str, Group], params: Params) -> State:
+    """A fresh state for these parameters. Raises UsageError, with its name, where a rule cannot serve one."""
+    state = {}
+    for name, p in params.items():
+        try:
+            state[name] = owner[name].rule.init(p)
+        except UsageError as error:
+            raise UsageError(f"{name} {tuple(p.shape)}: {error}") from None
+    return state
+
+
+def updating(
+    owner: Mapping[str, Group], moves: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[Params, State, Params, Mapping[str, Hyper]], tuple[Params, State]]:
+    """An optimizer's `update`: (gradients, state, params, hyper by group) -> (params, state), by each owner's rule."""
+
+    def update(grads: Params, state: State, params: Params, hyper: Mapping[str, Hyper]) -> tuple[Params, State]:
+        new_params, new_state = dict(params), dict(state)
+        for trained, g in grads.items():
+            name = moves.get(trained, trained)
+            group = owner[name]
+            delta, new_state[name] = group.rule.update(g, state[name], params[name], hyper[group.name])
+            if delta is not None:
+                new_params[name] = add(params[name], delta)
+        return new_params, new_state
+
+    return update
 
 
 def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: Key) -> tuple[State, list[Tensor]]:
     """Rebuild the bases that are due at `step` among `grads`; returns the state and one `ok` per rebuilt tensor."""
     state, flags = dict(state), []
+    grads = {optimizer.moves.get(name, name): g for name, g in grads.items()}
     for name in optimizer.due(step):
         if name in grads:
             rebuild = optimizer.owner[name].rule.refresh

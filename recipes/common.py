@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -33,8 +33,8 @@ from engine.trainer import Interrupted, NonFiniteError, Trainer
 from models.llama import PRESETS, Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.adamw import adamw
-from optimizers.core import Group, Params, Rule, UsageError, partition, state_bytes
-from optimizers.random import fold
+from optimizers.core import Group, Optimizer, Params, Rule, UsageError, partition, state_bytes
+from optimizers.random import Key, fold
 from tools.generate import TOKENIZER
 from tools.plot import loss_curve
 from tools.prepare import Bar
@@ -114,8 +114,26 @@ def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str
     ]
 
 
-def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Group]]) -> None:
-    """One run from start to picture and sample. Raises UsageError, CheckpointError, NonFiniteError, Interrupted."""
+class Setup(NamedTuple):
+    """What an optimizer that wraps another may depend on."""
+
+    model: Llama
+    params: Params
+    epoch: int  # steps in one pass over the data, the last one filled up
+    key: Key
+
+
+def train(
+    config: TrainConfig,
+    recipe: str,
+    groups: Callable[[Params], list[Group]],
+    wrap: Callable[[Optimizer, Setup], Optimizer] = lambda optimizer, setup: optimizer,
+    align: bool = False,
+) -> None:
+    """One run from start to picture and sample. Raises UsageError, CheckpointError, NonFiniteError, Interrupted.
+
+    `groups` says who trains what, `wrap` makes an optimizer of that optimizer; with `align`, epochs are whole steps.
+    """
     config.check()
     watched = sys.stdout.isatty()  # what is printed are paths, patterns and samples: nothing in them is markup
     console = Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
@@ -129,17 +147,18 @@ def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Grou
     with bar.progress:
         folder = cached(Path("runs/.data"), Request(config.data, config.validation, config.tokenizer), bar)
     tokens, held_out, tokenizer = Tokens(folder), Tokens(folder, "validation"), tokenizer_of(folder)
-    batches, validation = (
-        Batches(tokens, config.sequence, fold(config.seed, "data")),
-        Batches(held_out, config.sequence),
-    )
+    size = config.micro_batch * config.accumulation
+    batches = Batches(tokens, config.sequence, fold(config.seed, "data"), size if align else 1)
+    validation = Batches(held_out, config.sequence)
 
     shape = config.shape(tokenizer.vocab_size)
     model = Llama(shape, seed=config.seed).to(device)
     if config.precision.startswith("bf16"):
         model.to(torch.bfloat16)
     params: dict[str, Tensor] = dict(model.named_parameters())
-    optimizer = partition(params, groups(params), config.stagger)
+    key = fold(config.seed, "optimizer")
+    setup = Setup(model, params, -(-batches.windows // size), key)
+    optimizer = wrap(partition(params, groups(params), config.stagger), setup)
     state = optimizer.init(params)
     step = Step(
         cut(model),
@@ -153,15 +172,15 @@ def train(config: TrainConfig, recipe: str, groups: Callable[[Params], list[Grou
         compute_dtype=torch.bfloat16 if config.precision == "mixed" else None,
         stochastic_rounding=config.precision == "bf16-sr",
         logits=2**26 if device.type == "cuda" else 2**24,
-        key=fold(config.seed, "optimizer"),
+        key=key,
     )
     console.print(receipt(optimizer, params, state))
     documents = f"{tokens.documents:,} document" + "s" * (tokens.documents != 1)
     console.print(
         f"{len(tokens):,} training tokens in {documents}, {len(held_out):,} held out "
         f"({tokenizer.name}, vocabulary {tokenizer.vocab_size}); a step takes "
-        f"{config.micro_batch * config.accumulation * config.sequence:,}, the run "
-        f"{config.steps * config.micro_batch * config.accumulation / batches.windows:.2f} epochs",
+        f"{size * config.sequence:,}, the run "
+        f"{config.steps * size / batches.windows:.2f} epochs",
     )
     if config.dry_run:
         return
