@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .core import Hyper, Rule, Slots, clock, tick
+from .moments import Moments, clocked, unbiased
+from .random import Key
 
 
 def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Rule:
@@ -29,4 +31,12 @@ def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Rule:
         delta = -size * (m / (v.sqrt() + floor)) - lr * hyper["weight_decay"] * p.float()
         return delta, {**scalars, "exp_avg": m, "exp_avg_sq": v}
 
-    return Rule("adamw", init, update)
+    def export(slots: Slots, p: Tensor) -> Moments:
+        return unbiased(slots, slots["exp_avg"], slots["exp_avg_sq"])
+
+    def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
+        scalars, c1, c2 = clocked(moments, betas, p)
+        assert moments.first is not None and moments.second is not None
+        return {**scalars, "exp_avg": moments.first * c1, "exp_avg_sq": moments.second * c2}, "kept"
+
+    return Rule("adamw", init, update, export=export, adopt=adopt)

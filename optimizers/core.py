@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .moments import Moments
 from .random import Key, fold
 
 Params = dict[str, Tensor]
@@ -32,7 +33,9 @@ class Rule(NamedTuple):
     is compiled; the new value is `p + delta`, or p itself where delta is None. `refresh(g, slots, key) -> (slots, ok)`
     is cold and eager: every `gap` steps it rebuilds what depends on this step's gradient (a subspace basis) before
     `update` sees it; `ok` is a 0-d bool that is False where the gradient was unusable and the old slots were kept.
-    That is at step 0 and where step mod gap = `offset`.
+    That is at step 0 and where step mod gap = `offset`. `export(slots, p)` and `adopt(moments, slots, p, key)`, cold
+    too, carry what was learned to another rule: see `moments`. `adopt` gets fresh slots and both moments, and returns
+    slots and what it did to them.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Rule(NamedTuple):
     refresh: Callable[[Tensor, Slots, Key], tuple[Slots, Tensor]] | None = None
     gap: int = 0
     offset: int = 0
+    export: Callable[[Slots, Tensor], Moments] | None = None
+    adopt: Callable[[Moments, Slots, Tensor, Key], tuple[Slots, str]] | None = None
 
 
 class Group(NamedTuple):

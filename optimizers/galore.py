@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .core import Hyper, Rule, Slots, UsageError, clock, tick
 from .linalg import check_rank, first_basis, keep_unless_ok, lift, project, range_basis, rotate, svd_basis, usable
+from .moments import Moments, clocked, factored, unbiased
 from .random import Key
 
 
@@ -73,4 +74,16 @@ def galore(
         delta = -(1 - decay) * lr * scale * c2.sqrt() / c1 * lift(n, q, p) - decay * p.float()
         return delta, {**scalars, "basis": q, "exp_avg": m, "exp_avg_sq": v}
 
-    return Rule("galore", init, update, refresh, update_proj_gap)
+    def export(slots: Slots, p: Tensor) -> Moments:
+        q = slots["basis"]
+        second = factored(lift(slots["exp_avg_sq"], q.square(), p))  # coordinates taken as independent
+        return unbiased(slots, lift(slots["exp_avg"], q, p), second)
+
+    def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
+        scalars, c1, c2 = clocked(moments, betas, p)
+        assert moments.first is not None and moments.second is not None
+        q = refresh(moments.first, slots, key)[0]["basis"]
+        m, v = project(moments.first * c1, q), project(moments.second * c2, q.square())
+        return {**scalars, "basis": q, "exp_avg": m.contiguous(), "exp_avg_sq": v.contiguous()}, "projected"
+
+    return Rule("galore", init, update, refresh, update_proj_gap, export=export, adopt=adopt)

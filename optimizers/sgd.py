@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .core import Hyper, Rule, Slots, UsageError
+from .moments import UNKNOWN, Moments
+from .random import Key
 
 
 def sgd(momentum: float = 0.9, nesterov: bool = False) -> Rule:
@@ -31,4 +33,11 @@ def sgd(momentum: float = 0.9, nesterov: bool = False) -> Rule:
             g, slots = g + momentum * buffer if nesterov else buffer, {"momentum_buffer": buffer}
         return -hyper["lr"] * (g + hyper["weight_decay"] * p.float()), slots
 
-    return Rule("sgd", init, update)
+    def export(slots: Slots, p: Tensor) -> Moments:
+        return Moments((1 - momentum) * slots["momentum_buffer"], None, (1 / (1 - momentum), 0.0)) if slots else UNKNOWN
+
+    def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
+        assert moments.first is not None
+        return ({"momentum_buffer": moments.first / (1 - momentum)}, "kept") if slots else (slots, "dropped")
+
+    return Rule("sgd", init, update, export=export, adopt=adopt)

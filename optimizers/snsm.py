@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import linalg, projections
 from .core import Hyper, Rule, Slots, UsageError, clock, tick
+from .moments import Moments, clocked, unbiased
 from .random import Key
 
 
@@ -147,9 +148,35 @@ def snsm(
         delta = grouped(num, subset) * (scale / (v.sqrt() + eps))
         return delta.reshape(p.shape) - decay * p.float(), new
 
+    def export(slots: Slots, p: Tensor) -> Moments:
+        m, v = slots.get("exp_avg"), slots.get("exp_avg_sq")
+        if m is not None and subspace:
+            m = projections.up(m, slots, p)
+        if v is not None:
+            mean = v * (v.numel() / p.numel()) / (slots["step"].clamp(min=1) if b2 == 1 else 1.0)
+            v = mean.expand_as(grouped(p, subset)).reshape(p.shape)
+        return unbiased(slots, m, v)
+
+    def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
+        scalars, c1, c2 = clocked(moments, betas, p)
+        assert moments.first is not None and moments.second is not None
+        new, did = slots | scalars, []
+        if subspace:
+            drawn, ok = projections.draw(proj_type, moments.first, rank_of(p), key)
+            new |= {slot: linalg.keep_unless_ok(x, slots[slot], ok) for slot, x in drawn.items()}
+            new["exp_avg"], did = projections.down(moments.first * c1, new).contiguous(), ["projected"]
+        elif numerator == "ema":
+            new["exp_avg"], did = moments.first * c1, ["kept"]
+        if second != "none":
+            total = sums(moments.second.sqrt(), subset)
+            new["exp_avg_sq"] = total * (moments.seen[1] if b2 == 1 else c2)
+            did.append("second moment kept" if subset == "coordinate" else "second moment summed into subsets")
+        return new, ", ".join(did) or "dropped"
+
     if not subspace:
-        return Rule(name, init, update)
-    return Rule(name, init, update, refresh, update_proj_gap, offset=update_proj_gap - 1 if compat == "sn-sm" else 0)
+        return Rule(name, init, update, export=export, adopt=adopt)
+    offset = update_proj_gap - 1 if compat == "sn-sm" else 0
+    return Rule(name, init, update, refresh, update_proj_gap, offset, export, adopt)
 
 
 # The paper's names; where they share a setting it is the default above.

@@ -1,0 +1,72 @@
+"""From one optimizer's state to another's, a tensor at a time, with a report of what became of it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .core import PARKED, Hyper, Optimizer, Params, Rule, Slots, State
+from .moments import complete
+from .random import Key, fold
+
+
+class Row(NamedTuple):
+    """What became of one tensor's state. Shares and ratios are NaN where there is nothing to compare."""
+
+    name: str
+    source: str
+    target: str
+    did: str
+    first_kept: float  # share of the first moment's energy that the new slots still hold
+    second_kept: float  # share of the summed second moment
+    jump: float  # RMS of the new rule's next update over the old one's, at equal learning rates
+
+
+def convert(
+    params: Params, state: State, source: Optimizer, target: Optimizer, step: int, key: Key
+) -> tuple[State, list[Row]]:
+    """`target`'s state after `step` steps, started from what `source`'s knows; nothing is mutated.
+
+    Weights stay as they are: a view that keeps a part of them apart must have merged it before (`Optimizer.merge`).
+    A tensor that is frozen on either side has nothing to give or to take. Raises UsageError as `target.init` does.
+    """
+    fresh, rows = target.init(params, step), []
+    for name, slots in fresh.items():
+        bare = name.removeprefix(PARKED)
+        old, new = source.owner[bare].rule, target.owner[bare].rule
+        held = state.get(bare, state.get(PARKED + bare, {}))
+        fresh[name], row = _one(bare, params[bare], held, slots, old, new, fold(key, "convert", bare))
+        rows.append(row)
+    return fresh, rows
+
+
+def _one(name: str, p: Tensor, held: Slots, slots: Slots, old: Rule, new: Rule, key: Key) -> tuple[Slots, Row]:
+    """One tensor: its new slots, and the report's row."""
+    nan = float("nan")
+    if not held and slots:
+        return slots, Row(name, old.name, new.name, "reset: it was frozen", nan, nan, nan)
+    if old.name == new.name and _like(held, slots) and not new.refresh:
+        return dict(held), Row(name, old.name, new.name, "kept", 1.0, 1.0, 1.0)
+    moments = complete(old.export(held, p)) if old.export else None
+    if moments is None or moments.first is None or new.adopt is None:
+        return slots, Row(name, old.name, new.name, "reset: nothing was learned yet", nan, nan, nan)
+    made, did = new.adopt(moments, slots, p, key)
+    after = complete(new.export(made, p)) if new.export else None
+    first = second = nan
+    if after is not None and after.first is not None and after.second is not None and moments.second is not None:
+        first = float(after.first.square().sum() / moments.first.square().sum())
+        second = float(after.second.sum() / moments.second.sum())
+    sizes = [_update(rule, s, moments.first, p) for rule, s in ((old, held), (new, made))]
+    return made, Row(name, old.name, new.name, did, first, second, sizes[1] / sizes[0] if sizes[0] else nan)
+
+
+def _update(rule: Rule, slots: Slots, g: Tensor, p: Tensor) -> float:
+    """RMS of the update that a gradient equal to the first moment brings, at learning rate 1 and without decay."""
+    hyper: Hyper = {key: torch.tensor(value, device=p.device) for key, value in (("lr", 1.0), ("weight_decay", 0.0))}
+    delta, _ = rule.update(g, slots, p, hyper)
+    return float("nan") if delta is None else float(delta.float().square().mean().sqrt())
+
+
+def _like(a: Slots, b: Slots) -> bool:
+    """Same slots, shapes and dtypes."""
+    return {k: (t.shape, t.dtype) for k, t in a.items()} == {k: (t.shape, t.dtype) for k, t in b.items()}

@@ -1,0 +1,124 @@
+"""State that moves to another rule: what is exact, what is estimated, and that the next update does not jump."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from optimizers.adamw import adamw
+from optimizers.convert import Row, convert
+from optimizers.core import Group, Optimizer, Params, Rule, State, partition, refresh
+from optimizers.galore import galore
+from optimizers.moments import complete
+from optimizers.random import fold, normal
+from optimizers.sgd import sgd
+from optimizers.snsm import adagrad_sn, adam_sn, rmsprop_sn, snsm
+
+RULES: dict[str, Rule] = {
+    "adamw": adamw(),
+    "sgd": sgd(),
+    "galore": galore(rank=6, scale=1.0),
+    "snsm": snsm(rank=6),
+    "snsm topk": snsm(rank=6, proj_type="topk"),
+    "adam_sn": adam_sn(),
+    "adagrad_sn": adagrad_sn(),
+    "rmsprop_sn": rmsprop_sn(),
+}
+HYPER = {"all": {"lr": torch.tensor(1e-3), "weight_decay": torch.tensor(0.0)}}
+SHAPES = {"tall": (20, 12), "wide": (12, 20)}
+PARAMS: Params = {name: normal(fold(0, name), shape) for name, shape in SHAPES.items()}
+
+
+def optimizer(rule: Rule) -> Optimizer:
+    return partition(PARAMS, [Group("all", rule, ("",), 1e-3)], staggered=False)
+
+
+def trained(made: Optimizer, steps: int = 60) -> State:
+    """State after `steps` noisy gradients around a matrix of rank 4, with rows of different sizes."""
+    state, params = made.init(PARAMS), PARAMS
+    means = {}
+    for name, (m, n) in SHAPES.items():
+        low = normal(fold(1, name), (m, 4)) @ normal(fold(2, name), (4, n))
+        means[name] = low * torch.linspace(0.2, 2, m)[:, None]
+    for t in range(steps):
+        grads = {name: mean + 0.5 * normal(fold(3, name, t), mean.shape) for name, mean in means.items()}
+        state, _ = refresh(made, grads, state, t, fold(4))
+        params, state = made.update(grads, state, params, HYPER)
+    return state
+
+
+def swapped(old: str, new: str) -> tuple[State, list[Row]]:
+    source, target = optimizer(RULES[old]), optimizer(RULES[new])
+    return convert(PARAMS, trained(source), source, target, 60, fold(5))
+
+
+@pytest.mark.parametrize(("old", "new"), list(product(RULES, RULES)))
+def test_every_pair_goes_on_without_a_jump(old, new):
+    state, rows = swapped(old, new)
+    fresh = optimizer(RULES[new]).init(PARAMS)
+    assert {n: {s: (t.shape, t.dtype) for s, t in slots.items()} for n, slots in state.items()} == {
+        n: {s: (t.shape, t.dtype) for s, t in slots.items()} for n, slots in fresh.items()
+    }
+    assert all(t.isfinite().all() and t.is_contiguous() for slots in state.values() for t in slots.values())
+    adaptive = "sgd" not in (old, new) and "adagrad_sn" not in (old, new)
+    for row in rows:
+        assert row.source == RULES[old].name and row.target == RULES[new].name
+        if adaptive and "rmsprop_sn" not in (old, new) and ("sn" in old) == ("sn" in new):
+            assert 0.4 < row.jump < 2.5, row
+        assert math.isfinite(row.jump) or old == "rmsprop_sn"
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adam_sn", "adagrad_sn", "rmsprop_sn"])
+def test_a_rule_takes_over_its_own_state_exactly(name):
+    source = optimizer(RULES[name])
+    state = trained(source)
+    got, rows = convert(PARAMS, state, source, optimizer(RULES[name]), 60, fold(5))
+    assert all(torch.equal(got[n][s], t) for n, slots in state.items() for s, t in slots.items())
+    assert all(row.did == "kept" for row in rows)
+
+
+def test_subset_sums_are_exact():
+    """A second moment per entry becomes one per row or column without loss, and the first one stays as it was."""
+    source = optimizer(RULES["adamw"])
+    before = trained(source)
+    after, rows = convert(PARAMS, before, source, optimizer(RULES["adam_sn"]), 60, fold(5))
+    for name, dim in (("tall", 1), ("wide", 0)):
+        expected = before[name]["exp_avg_sq"].sum(dim, keepdim=True)
+        torch.testing.assert_close(after[name]["exp_avg_sq"], expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(after[name]["exp_avg"], before[name]["exp_avg"], rtol=1e-5, atol=1e-7)
+    assert all(abs(row.first_kept - 1) < 1e-5 and abs(row.second_kept - 1) < 1e-5 for row in rows)
+
+
+def test_a_subspace_keeps_what_lies_in_it():
+    """The mean gradient has rank 4: rank 6 keeps nearly all of it, and on the way back nothing more is lost."""
+    source, target = optimizer(RULES["adamw"]), optimizer(RULES["snsm"])
+    state, rows = convert(PARAMS, trained(source), source, target, 60, fold(5))
+    assert all(0.97 < row.first_kept <= 1.0001 for row in rows), rows
+    _, rows = convert(PARAMS, state, target, source, 60, fold(5))
+    assert all(abs(row.first_kept - 1) < 1e-4 for row in rows), rows
+
+
+def test_between_ranks():
+    source = optimizer(snsm(rank=6))
+    state = trained(source)
+    kept = {}
+    for rank in (2, 6, 10):
+        _, rows = convert(PARAMS, state, source, optimizer(snsm(rank=rank)), 60, fold(5))
+        kept[rank] = min(row.first_kept for row in rows)
+    assert kept[2] < 0.95 < kept[6] <= 1.0001 and abs(kept[6] - 1) < 1e-4 and abs(kept[10] - 1) < 1e-4, kept
+
+
+def test_what_was_never_learned_is_reset():
+    source, target = optimizer(RULES["adamw"]), optimizer(RULES["snsm"])
+    state, rows = convert(PARAMS, source.init(PARAMS), source, target, 0, fold(5))
+    assert all("nothing was learned" in row.did and math.isnan(row.jump) for row in rows)
+    fresh = target.init(PARAMS)
+    assert all(torch.equal(state[n][s], t) for n, slots in fresh.items() for s, t in slots.items())
+
+
+def test_a_guessed_second_moment_has_no_empty_entries():
+    first = torch.zeros(4, 5)
+    first[0], first[:, 0] = 1.0, 1.0
+    made = complete(optimizer(RULES["sgd"]).owner["tall"].rule.export({"momentum_buffer": first * 10}, first))
+    assert made.second is not None and (made.second > 0).all()
