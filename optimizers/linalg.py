@@ -4,6 +4,8 @@ Which side is projected is decided here and nowhere else: the *shorter* one (GaL
 side of a square matrix. A basis is (..., short, r) with orthonormal columns, so it always costs short * r:
 
     m >= n:  C = G Q    (m, r)    G ~ C Q^T            m < n:  C = Q^T G    (r, n)    G ~ Q C
+
+`other=True` projects the longer side instead, with a basis (..., long, r).
 """
 
 from math import isqrt, pi, sqrt
@@ -30,19 +32,19 @@ def longer(x: Tensor) -> int:
     return -2 if tall(x) else -1
 
 
-def project(g: Tensor, basis: Tensor) -> Tensor:
+def project(g: Tensor, basis: Tensor, other: bool = False) -> Tensor:
     """Coordinates of g (..., m, n) in the basis: (..., m, r) or (..., r, n)."""
-    return g @ basis if tall(g) else basis.mT @ g
+    return g @ basis if tall(g) != other else basis.mT @ g
 
 
-def lift(c: Tensor, basis: Tensor, like: Tensor) -> Tensor:
+def lift(c: Tensor, basis: Tensor, like: Tensor, other: bool = False) -> Tensor:
     """The matrix whose coordinates are c; `like` has the full shape and decides the side."""
-    return c @ basis.mT if tall(like) else basis @ c
+    return c @ basis.mT if tall(like) != other else basis @ c
 
 
-def rotate(c: Tensor, rotation: Tensor, like: Tensor) -> Tensor:
+def rotate(c: Tensor, rotation: Tensor, like: Tensor, other: bool = False) -> Tensor:
     """Coordinates after a change of basis, `rotation` = Q_new^T Q_old (..., r, r)."""
-    return c @ rotation.mT if tall(like) else rotation @ c
+    return c @ rotation.mT if tall(like) != other else rotation @ c
 
 
 def check_rank(p: Tensor, rank: int) -> None:
@@ -58,9 +60,9 @@ def check_rank(p: Tensor, rank: int) -> None:
         )
 
 
-def first_basis(p: Tensor, rank: int) -> Tensor:
+def first_basis(p: Tensor, rank: int, other: bool = False) -> Tensor:
     """A valid basis before any gradient was seen: the first r coordinate directions, float32, contiguous."""
-    eye = torch.eye(min(p.shape[-2:]), rank, device=p.device)
+    eye = torch.eye(p.shape[longer(p) if other else shorter(p)], rank, device=p.device)
     return eye.expand(*p.shape[:-2], *eye.shape).contiguous()
 
 

@@ -21,6 +21,7 @@ from optimizers.muon import muon
 from optimizers.random import Key, fold
 from optimizers.sgd import sgd
 from optimizers.snsm import adagrad_sn, adagrad_snsm, adam_sm, adam_sn, adam_snsm, rmsprop_sn, sgd_sm, snsm
+from optimizers.sumo import sumo, sumo_paper, sumo_release
 
 RANK, GAP = 4, 3
 SUBSPACE = (RANK, GAP)
@@ -44,6 +45,7 @@ CASES = {
     "sgd": Case(sgd(), 0.1, lambda m, n: m * n),
     "sgd nesterov": Case(sgd(nesterov=True), 0.1, lambda m, n: m * n),
     "muon": Case(muon(), 0.5, lambda m, n: m * n),
+    "muon exact": Case(muon(orthogonalize="exact"), 0.5, lambda m, n: m * n),
     "galore": Case(galore(*SUBSPACE), 1.0, lambda m, n: basis(m, n, 2)),
     "adam_sn": Case(adam_sn(), 0.5, lambda m, n: m * n + max(m, n)),
     "adagrad_sn": Case(adagrad_sn(), 1.0, lambda m, n: m * n + max(m, n)),
@@ -54,6 +56,10 @@ CASES = {
     "adam_sm": Case(adam_sm(*SUBSPACE, eps=0.1), 0.5, lambda m, n: basis(m, n) + m * n),
     "snsm": Case(snsm(*SUBSPACE), 0.5, lambda m, n: basis(m, n) + max(m, n)),
     "snsm topk": Case(snsm(*SUBSPACE, proj_type="topk"), 0.5, lambda m, n: 2 * RANK + RANK * min(m, n) + max(m, n)),
+    "sumo": Case(sumo(*SUBSPACE), 0.5, lambda m, n: basis(m, n)),
+    "sumo_paper": Case(sumo_paper(*SUBSPACE), 0.5, lambda m, n: basis(m, n) + 1),
+    "sumo_release": Case(sumo_release(*SUBSPACE), 0.1, lambda m, n: basis(m, n) + 1),
+    "sumo track": Case(sumo(*SUBSPACE, basis="track", side="longer"), 0.5, lambda m, n: basis(m, n)),
 }
 SHAPES = [(12, 8), (8, 12), (9, 9), (2, 8, 6)]
 
@@ -284,6 +290,7 @@ def test_galore_is_its_algorithm_in_float64(moments, shape, method):
         (lambda: galore(moments="drop"), "moments .* got 'drop'"),
         (lambda: galore(basis="exact"), "basis .* got 'exact'"),
         (lambda: muon(adjust_lr="spectral"), "adjust_lr .* got 'spectral'"),
+        (lambda: muon(orthogonalize="qr"), "orthogonalize .* got 'qr'"),
         (lambda: sgd(0.0, nesterov=True), "nesterov needs a momentum"),
         (lambda: muon().init(torch.zeros(3)), r"muon needs a matrix, got shape \(3,\)"),
         (lambda: galore(9).init(torch.zeros(8, 20)), r"rank must lie in \[1, 8\] .* got 9"),

@@ -1,12 +1,16 @@
 """Measurements as ratios within one run: the machine's mood cancels, so the numbers can be compared.
 
 python -m tools.bench step      training steps: this engine against torch.compile(model) + fused AdamW
-python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True)
+python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True); SUMO's over torch Muon's
+python -m tools.bench polar     exact polar factors of moments: time over Newton-Schulz's five steps, and errors
 python -m tools.bench refresh   rebuilding subspace bases: the randomized range finder against the exact SVD
 python -m tools.bench stagger   the slowest training step against the median, bases rebuilt in turn and all at once
 """
 
+import functools
+import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -34,11 +38,14 @@ from optimizers.core import Group, Rule, partition, state_bytes
 from optimizers.galore import galore
 from optimizers.linalg import project, range_basis, svd_basis
 from optimizers.muon import muon
+from optimizers.polar import METHODS, by_svd, polar
 from optimizers.random import fold
 from optimizers.sgd import sgd
 from optimizers.snsm import adam_sn, adam_snsm, rmsprop_sn, snsm
+from optimizers.sumo import sumo
 
 Sides = dict[str, Callable[[], object]]
+LINEAR = ", Linear weights only"
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,19 @@ class UpdateBench:
 
 
 @dataclass(frozen=True)
+class PolarBench:
+    """Polar factors of r x n matrices with log-spaced singular values: process CPU time."""
+
+    ranks: tuple[int, ...] = (32, 128)
+    lengths: tuple[int, ...] = (1024, 4096)
+    condition: float = 100.0
+    rounds: int = 9
+    threads: int = 1
+    json: Path | None = None
+    """Also write the figures here."""
+
+
+@dataclass(frozen=True)
 class RefreshBench:
     """Bases of every Linear weight of a LLaMA preset from real gradients: CPU time, and gradient energy captured."""
 
@@ -86,14 +106,18 @@ class RefreshBench:
 
 @dataclass(frozen=True)
 class StaggerBench:
-    """Training steps of the demo model with SNSM over one gap: CPU time of each step."""
+    """Training steps of the demo model with a subspace rule over one gap: CPU time of each step."""
 
+    rule: Literal["snsm", "sumo"] = "snsm"
     rank: int = 48
     gap: int = 200
     batch: int = 8
     threads: int = 2
     json: Path | None = None
     """Also write the figures here."""
+
+
+AnyBench = StepBench | UpdateBench | PolarBench | RefreshBench | StaggerBench
 
 
 def timed(sides: Sides, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
@@ -113,9 +137,7 @@ def ratio(seconds: dict[str, list[float]], side: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[side], seconds[base], strict=True))
 
 
-def report(
-    title: str, rows: list[dict[str, object]], config: StepBench | UpdateBench | RefreshBench | StaggerBench
-) -> None:
+def report(title: str, rows: list[dict[str, object]], config: AnyBench) -> None:
     """Print the rows as a table, and write them with the configuration where asked."""
     table = Table(title=title)
     for column in rows[0]:
@@ -201,15 +223,22 @@ def bench_update(config: UpdateBench) -> None:
         "rmsprop_sn": (rmsprop_sn(), rmsprop),
         f"adam_snsm svd r={config.rank}": (adam_snsm(config.rank), adamw()),
         f"adam_snsm topk r={config.rank}": (adam_snsm(config.rank, proj_type="topk"), adamw()),
+        f"sumo r={config.rank}": (sumo(config.rank), adamw()),
     }
     for name, (rule, rest) in rules.items():
         sides[name], sizes[name] = updating(rule, rest, params, grads)
+    weights = {n: p for n, p in params.items() if linear(n)}
+    numbers, theirs = sum(p.numel() for p in weights.values()), f"torch Muon{LINEAR}"
+    sides[theirs], sizes[theirs] = library(weights, grads, "muon"), numbers * 4
+    for name in ("muon", f"sumo r={config.rank}"):
+        sides[name + LINEAR], sizes[name + LINEAR] = updating(rules[name][0], adamw(), weights, grads)
     seconds = timed(sides, config.rounds, time.process_time)
     rows: list[dict[str, object]] = [
         {
             "side": name,
             "CPU ms": statistics.median(seconds[name]) * 1e3,
             "ratio": ratio(seconds, name, base),
+            "over torch Muon": ratio(seconds, name, theirs) if name.endswith(LINEAR) else "",
             "state MB": sizes.get(name, 2 * sum(s.numel() for s in shapes.values()) * 4) / 1e6,
         }
         for name in sides
@@ -224,10 +253,12 @@ def meta(shape: LlamaConfig) -> Llama:
 
 
 def library(params: dict[str, Tensor], grads: dict[str, Tensor], how: str) -> Callable[[], object]:
-    """torch.optim.AdamW on copies of the parameters."""
+    """torch.optim.AdamW, or torch.optim.Muon, on copies of the parameters."""
     copies = [p.clone() for p in params.values()]
-    for copy, g in zip(copies, grads.values(), strict=True):
-        copy.grad = g
+    for copy, name in zip(copies, params, strict=True):
+        copy.grad = grads[name]
+    if how == "muon":
+        return torch.optim.Muon(copies, adjust_lr_fn="match_rms_adamw").step
     return torch.optim.AdamW(copies, foreach=how == "foreach", fused=how == "fused").step
 
 
@@ -265,6 +296,29 @@ def updating(
 def linear(name: str) -> bool:
     """Is this the weight of a Linear layer?"""
     return "_proj" in name or "lm_head" in name
+
+
+def bench_polar(config: PolarBench) -> None:
+    """All methods on the same matrices; the condition number is that before rounding to float32."""
+    rows: list[dict[str, object]] = []
+    for r, n in itertools.product(config.ranks, config.lengths):
+        u, v = (torch.linalg.qr(torch.randn(size, r, dtype=torch.float64))[0] for size in (r, n))
+        x = (u * torch.logspace(0, -math.log10(config.condition), r, dtype=torch.float64) @ v.T).float()
+        true, eye = by_svd(x.double()), torch.eye(r, dtype=torch.float64)
+        sides: Sides = {method: functools.partial(polar, x, method) for method in METHODS}
+        seconds = timed(sides, config.rounds, time.process_time)
+        for method in METHODS:
+            o = polar(x, method).double()
+            rows.append(
+                {
+                    "side": f"{r} x {n} {method}",
+                    "CPU ms": statistics.median(seconds[method]) * 1e3,
+                    "ratio": ratio(seconds, method, "newton_schulz"),
+                    "|OO'-I|/sqrt(r)": float((o @ o.T - eye).norm()) / math.sqrt(r),
+                    "|O-UV'|/sqrt(r)": float((o - true).norm()) / math.sqrt(r),
+                }
+            )
+    report(f"condition number {config.condition:g}, fp32, {config.threads} thread(s)", rows, config)
 
 
 def bench_refresh(config: RefreshBench) -> None:
@@ -315,12 +369,13 @@ def gradients(config: RefreshBench) -> dict[str, Tensor]:
 def bench_stagger(config: StaggerBench) -> None:
     """Both ways, over the steps of one gap that follow the first refresh."""
     data = Batches(Tokens(cached(Path("runs/.data"), Request())), 256)
+    make: Callable[[int, int], Rule] = snsm if config.rule == "snsm" else sumo
     rows: list[dict[str, object]] = []
     for staggered in (True, False):
         model = Llama(PRESETS["demo"])
         params: dict[str, Tensor] = dict(model.named_parameters())
         groups = [
-            Group("snsm", snsm(config.rank, config.gap), ("_proj", "lm_head"), 0.01),
+            Group(config.rule, make(config.rank, config.gap), ("_proj", "lm_head"), 0.01),
             Group("adamw", adamw(), ("",), 1e-3),
         ]
         optimizer = partition(params, groups, staggered)
@@ -345,18 +400,19 @@ def bench_stagger(config: StaggerBench) -> None:
                 "slowest without refresh / median": plain[-1] / middle,
             }
         )
-    report(f"SNSM rank {config.rank}, gap {config.gap}, demo model, {config.batch * 256} tokens", rows, config)
+    report(f"{config.rule} rank {config.rank}, gap {config.gap}, demo model, {config.batch * 256} tokens", rows, config)
 
 
 Bench = (
     Annotated[StepBench, tyro.conf.subcommand("step")]
     | Annotated[UpdateBench, tyro.conf.subcommand("update")]
+    | Annotated[PolarBench, tyro.conf.subcommand("polar")]
     | Annotated[RefreshBench, tyro.conf.subcommand("refresh")]
     | Annotated[StaggerBench, tyro.conf.subcommand("stagger")]
 )
 
 
-def main(config: StepBench | UpdateBench | RefreshBench | StaggerBench) -> None:
+def main(config: AnyBench) -> None:
     """Run one benchmark."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
@@ -364,6 +420,8 @@ def main(config: StepBench | UpdateBench | RefreshBench | StaggerBench) -> None:
         bench_step(config)
     elif isinstance(config, UpdateBench):
         bench_update(config)
+    elif isinstance(config, PolarBench):
+        bench_polar(config)
     elif isinstance(config, RefreshBench):
         bench_refresh(config)
     else:

@@ -1,0 +1,168 @@
+"""SUMO: Refael, Smorodinsky, Tirer & Lindenbaum, "SUMO: Subspace-Aware Moment-Orthogonalization for Accelerating
+Memory-Efficient LLM Training", NeurIPS 2025, arXiv 2505.24749, Algorithm 1.
+
+    every K steps   Q <- leading r left singular directions of G (randomized SVD)     (Q^T Q = I)
+                    M <- R M,  R = Q^T Q_old                                          moment transfer
+    Ĝ = Q^T G                                                                         (or G Q, then M <- M R^T)
+    M <- mu M + Ĝ
+    O = U V^T,  M = U S V^T                                                           the exact polar factor
+    O <- gamma ||O_old|| / ||O|| O  where ||O|| > gamma ||O_old||                     limiter
+    W <- W - eta alpha (rho (G - Q Ĝ) + s Q O) - eta lambda W,   s = 0.2 sqrt(max(m, n))
+
+The paper prints neither mu, alpha, rho nor s; its text scales by sqrt(max(m, n)) after Liu et al., arXiv 2502.16982.
+mu = 0.95, s and alpha (its "projection back scale", 4 at rank 4 and 2 at rank 8) are those of the released code.
+
+Where this differs. The shorter side is projected, as in the released code; `side="longer"` is the side that the paper
+prints. `sumo_paper` is the algorithm above, `sumo_release` that code: an exact SVD, coordinates of the old basis kept
+in the new one, alpha = 4, and a Nesterov step that is written back into M, which makes its decay mu^2. `sumo` is what
+we recommend: Nesterov's step X = Ĝ + mu M orthogonalised in M's place and not written back, and alpha = sqrt(min(m,
+n) / r), which gives s Q O the RMS 0.2 of a full-rank update. It has no limiter: where O is exact ||O|| is sqrt(r)
+always. With `refresh_below` a basis is rebuilt when ||Ĝ|| falls to that bound (the theory's criterion) instead of every
+K steps. A zero moment moves nothing; null directions of any other are completed as `polar` says. A matrix whose
+gradient is not finite keeps basis and moment at a refresh, and `update` takes it for zero; the engine stops the run.
+
+Ours: `basis="track"` multiplies the old basis by G G^T once, which is cheap enough for a small K, and
+`perpendicular="normalized"` gives G - Q Ĝ, whatever its size, rho times the Frobenius norm of s Q O.
+"""
+
+from functools import partial
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .core import Hyper, Rule, Slots, UsageError
+from .moments import Moments
+from .polar import METHODS, polar
+from .random import Key
+
+MATRIX = (-2, -1)
+
+
+def sumo(
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    momentum: float = 0.95,
+    nesterov: str = "correct",
+    basis: str = "range",
+    moments: str = "rotate",
+    side: str = "shorter",
+    refresh_below: float | None = None,
+    limiter: float | None = None,
+    rms: float = 0.2,
+    alpha: float | str = "match",
+    rho: float = 1.0,
+    perpendicular: str = "raw",
+    orthogonalize: str = "auto",
+    name: str = "sumo",
+) -> Rule:
+    """The family; its defaults are the recommended setting.
+
+    nesterov       "correct", "none" (heavy ball), "release"
+    basis          "range" (randomized, 2 r directions, 2 power iterations), "svd", "track" (a range at first)
+    moments        what a refresh does to M: "rotate", "keep" (its coordinates, now of another basis), "reset"
+    alpha          "match" or a number
+    orthogonalize  a method of `polar`
+
+    Slots, float32: `basis` (short, r), `momentum_buffer` (m, r) or (r, n), so (m + n) r numbers; with a limiter also
+    `norm`, a number a matrix. Raises UsageError for options it does not know, and in `init` for a rank above the
+    shorter side and for 1-D tensors. Leading dimensions are a batch of matrices that do not affect each other.
+    """
+    for option, got, known in (
+        ("nesterov", nesterov, ("correct", "none", "release")),
+        ("basis", basis, ("range", "svd", "track")),
+        ("moments", moments, ("rotate", "keep", "reset")),
+        ("side", side, ("shorter", "longer")),
+        ("perpendicular", perpendicular, ("raw", "normalized")),
+        ("orthogonalize", orthogonalize, ("auto", *METHODS)),
+        ("alpha", alpha if isinstance(alpha, str) else "match", ("match",)),
+    ):
+        if got not in known:
+            raise UsageError(f"{name}: {option} must be one of {known}, got {got!r}")
+    if update_proj_gap < 1:
+        raise UsageError(f"{name}: update_proj_gap must be at least 1, got {update_proj_gap}")
+    if not 0 <= momentum < 1:
+        raise UsageError(f"{name}: momentum must lie in [0, 1), got {momentum}")
+    other = side == "longer"
+
+    def init(p: Tensor) -> Slots:
+        linalg.check_rank(p, rank)
+        shape = list(p.shape)
+        shape[linalg.longer(p) if other else linalg.shorter(p)] = rank
+        m, norm = (p.new_zeros(size, dtype=torch.float32) for size in (shape, p.shape[:-2]))
+        slots = {"basis": linalg.first_basis(p, rank, other), "momentum_buffer": m}
+        return slots | {"norm": norm} if limiter else slots
+
+    def rebuilt(g: Tensor, slots: Slots, key: Key) -> Tensor:
+        if basis == "track" and slots["momentum_buffer"].any():
+            x = g if linalg.tall(g) != other else g.mT
+            tracked: Tensor = torch.linalg.qr(x.mT @ (x @ slots["basis"]))[0]
+            return tracked
+        q = linalg.svd_basis(g, rank) if basis == "svd" else linalg.range_basis(g, rank, key, oversample=rank, power=2)
+        if not other:
+            return q
+        images = linalg.project(g, q)  # of the leading directions of one side: those of the other
+        across: Tensor = torch.linalg.qr(images if linalg.tall(g) else images.mT)[0]
+        return across
+
+    def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
+        old, m, ok = slots["basis"], slots["momentum_buffer"], linalg.informative(g)
+        size = g.abs().amax(MATRIX, keepdim=True)
+        good = size.isfinite() & (size > 0)
+        g = torch.where(good, g, 0).float()
+        if refresh_below is not None:
+            seen = linalg.project(g, old, other).square().sum(MATRIX, keepdim=True).sqrt()
+            good = good & ((seen <= refresh_below) | (m.abs().amax(MATRIX, keepdim=True) == 0))
+            if not good.any():
+                return slots, ok
+        new = rebuilt(g, slots, key)
+        good = good & new.abs().amax(MATRIX, keepdim=True).isfinite()
+        q = torch.where(good, new, old).contiguous()
+        if moments == "rotate":
+            m = torch.where(good, linalg.rotate(m, q.mT @ old, g, other), m)
+        elif moments == "reset":
+            m = torch.where(good, 0, m)
+        return slots | {"basis": q, "momentum_buffer": m.contiguous()}, ok
+
+    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
+        g, q, m = g.float(), slots["basis"], slots["momentum_buffer"]
+        c = linalg.project(g, q, other)
+        finite = c.abs().amax(MATRIX, keepdim=True).isfinite()
+        c, g = torch.where(finite, c, 0), torch.where(finite, g, 0)
+        for _ in range(2 if nesterov == "release" else 1):
+            m = momentum * m + c
+        o = polar(c + momentum * m if nesterov == "correct" else m, orthogonalize)
+        new = slots | {"momentum_buffer": m}
+        if limiter:
+            norm, bound = o.square().sum(MATRIX).sqrt(), limiter * slots["norm"]
+            shrink = torch.where((bound > 0) & (norm > bound), bound / norm, 1)
+            o, new["norm"] = o * shrink[..., None, None], norm * shrink
+        s = rms * sqrt(max(p.shape[-2:]))
+        weight: float | Tensor = rho
+        if perpendicular == "normalized":
+            whole, inside = (x.square().sum(MATRIX, keepdim=True) for x in (g, c))
+            outside = whole - inside  # below a millionth of the whole it is rounding
+            weight = torch.where(outside > 1e-6 * whole, rho * s * sqrt(rank) * outside.rsqrt(), 0)
+        step = hyper["lr"] * (sqrt(min(p.shape[-2:]) / rank) if isinstance(alpha, str) else alpha)
+        inner = linalg.lift(weight * c - s * o, q, p, other)  # subtracted: a sum would become addmm, which copies g
+        u = weight * g - inner if rho else -inner
+        return -step * u - hyper["lr"] * hyper["weight_decay"] * p.float(), new
+
+    def export(slots: Slots, p: Tensor) -> Moments:
+        first = (1 - momentum) * linalg.lift(slots["momentum_buffer"], slots["basis"], p, other)
+        return Moments(first, None, (1 / (1 - momentum), 0.0))
+
+    def adopt(given: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
+        assert given.first is not None
+        slots, _ = refresh(given.first, slots, key)
+        m = linalg.project(given.first, slots["basis"], other) / (1 - momentum)
+        return slots | {"momentum_buffer": m.contiguous()}, "projected"
+
+    return Rule(name, init, update, refresh, update_proj_gap if refresh_below is None else 1, 0, export, adopt)
+
+
+sumo_paper = partial(sumo, nesterov="none", limiter=1.1, alpha=1.0, name="sumo_paper")
+sumo_release = partial(
+    sumo, nesterov="release", basis="svd", moments="keep", limiter=1.1, alpha=4.0, name="sumo_release"
+)
