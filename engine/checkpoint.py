@@ -21,22 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from optimizers.core import Params, State, UsageError
+from optimizers.core import Params, Slots, State, UsageError
 
-SCHEMA = 1
+from . import tensorfile
+from .tensorfile import HEAD, SCHEMA, TensorFile, ties
+from .tensorfile import CheckpointError as CheckpointError  # both are this file's to raise
+from .tensorfile import WriteError as WriteError
+
 MODEL, CONFIG, OPTIMIZER, TRAINER = "model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"
 DATA = (MODEL, CONFIG, OPTIMIZER)
 RESERVED = ("schema", "files", "sha256")  # keys of trainer.json that are not the caller's
-HEAD = ("format", "schema", "names", "owners")  # keys of a safetensors head that are not the caller's
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be written, read or used. The message names the file or tensor and what is wrong with it."""
 
 
 class Checkpoint(NamedTuple):
@@ -49,6 +46,23 @@ class Checkpoint(NamedTuple):
     model_config: dict[str, Any]
     path: Path
     header: dict[str, str]
+
+
+class Reader(NamedTuple):
+    """One checkpoint on the disk, every file verified, whose tensors are read one at a time."""
+
+    step: int
+    params: TensorFile
+    state: TensorFile
+    owners: dict[str, list[str]]  # whose state it is, in order -> its slots
+    trainer: dict[str, Any]
+    model_config: dict[str, Any]
+    path: Path
+    header: dict[str, str]
+
+    def slots(self, owner: str) -> Slots:
+        """The state of one owner, on the CPU."""
+        return {slot: self.state.read(f"{owner}/{slot}") for slot in self.owners[owner]}
 
 
 class Latest(NamedTuple):
@@ -71,7 +85,8 @@ def save(
 
     `trainer` is any JSON: seed, data cursor, resolved recipe under "config". `header` (optimizer's name, period,
     position, ...) goes into the head of optimizer.safetensors, where tools can read it without loading a tensor.
-    Raises CheckpointError, leaving the root as it was, where something cannot be saved exactly.
+    Raises CheckpointError where something cannot be saved exactly, WriteError where the disk does not take it, both
+    times leaving the root as it was.
     """
     if step < 0 or trainer.get("step", step) != step:
         raise CheckpointError(f"step must be at least 0 and agree with trainer's, got {step}, {trainer.get('step')}")
@@ -79,55 +94,78 @@ def save(
         raise CheckpointError(f"keys {taken} are written by save itself; call yours something else")
     final, fresh, old = (root / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-"))
     try:
-        _recover(root)
-        fresh.mkdir(parents=True)
-        _write_tensors(fresh / MODEL, params, {})
-        _write_tensors(fresh / OPTIMIZER, _flatten(state), {**(header or {}), "owners": json.dumps(list(state))})
-        _write_json(fresh / CONFIG, model_config)
-        files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": _digest(fresh / name)} for name in DATA}
-        _write_json(fresh / TRAINER, {"schema": SCHEMA, "step": step, **trainer, "files": files})
-        record = _read_json(fresh / TRAINER)
-        _write_json(fresh / TRAINER, {**record, "sha256": _seal(record)})
-        for name in (*DATA, TRAINER, "."):
-            _fsync(fresh / name)
-        if final.exists():
-            final.rename(old)  # a kill between these two renames leaves `old`, which `latest` knows
-        fresh.rename(final)
-        _fsync(root)
+        try:
+            _recover(root)
+            fresh.mkdir(parents=True)
+            tensorfile.write(fresh / MODEL, params, {})
+            tensorfile.write(fresh / OPTIMIZER, _flatten(state), {**(header or {}), "owners": json.dumps(list(state))})
+            _write_json(fresh / CONFIG, model_config)
+            files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": _digest(fresh / name)} for name in DATA}
+            _write_json(fresh / TRAINER, {"schema": SCHEMA, "step": step, **trainer, "files": files})
+            record = _read_json(fresh / TRAINER)
+            _write_json(fresh / TRAINER, {**record, "sha256": _seal(record)})
+            for name in (*DATA, TRAINER, "."):
+                _fsync(fresh / name)
+            if final.exists():
+                final.rename(old)  # a kill between these two renames leaves `old`, which `latest` knows
+            fresh.rename(final)
+            _fsync(root)
+        finally:
+            _recover(root)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or fresh}: cannot be written: {error.strerror or error}") from error
-    finally:
-        _recover(root)
+        raise WriteError(f"{error.filename or fresh}: cannot be written: {error.strerror or error}") from error
     return final
 
 
 def verify(path: Path) -> dict[str, Any]:
     """Read `path`'s trainer.json and check every file against it; returns trainer.json. Loads no tensor."""
-    record = _read_json(path / TRAINER, "this is no checkpoint of leanstep, or not a whole one")
-    schema = record.get("schema")
-    if not isinstance(schema, int) or not isinstance(record.get("files"), dict):
-        raise CheckpointError(f"{path / TRAINER}: foreign, it has no schema and file list; not written by leanstep")
+    file = path / TRAINER
+    record = _read_json(file, "this is no checkpoint of leanstep, or not a whole one")
+    schema, files, step = (record.get(key) for key in ("schema", "files", "step"))
+    if type(schema) is not int or not isinstance(files, dict):
+        raise CheckpointError(f"{file}: foreign, it has no schema and file list; not written by leanstep")
     if schema > SCHEMA:
-        raise CheckpointError(f"{path / TRAINER}: has schema {schema}, newer than {SCHEMA}; update leanstep to read it")
+        raise CheckpointError(f"{file}: has schema {schema}, newer than {SCHEMA}; update leanstep to read it")
     if schema < 1 or record.pop("sha256", None) != _seal(record):
-        raise CheckpointError(f"{path / TRAINER}: damaged, its content does not match its own checksum")
+        raise CheckpointError(f"{file}: damaged, its content does not match its own checksum")
+    if type(step) is not int or step < 0:
+        raise CheckpointError(f"{file}: damaged, step is {step!r}, expected a whole number of at least 0")
+    if (named := STEP.fullmatch(path.name)) and int(named[1]) != step:
+        raise CheckpointError(f"{file}: is of step {step}, but lies in {path.name}; give the folder its own name back")
     for name in DATA:
-        _check(path / name, **record["files"][name])
+        match files.get(name):
+            case {"bytes": int(size), "sha256": str(digest)}:
+                _check(path / name, size, digest)
+            case entry:
+                raise CheckpointError(f"{file}: damaged, lists {name} as {entry!r}, expected its bytes and sha256")
     return record
 
 
-def load(path: Path) -> Checkpoint:
-    """Verify the checkpoint at `path` and read it. Raises CheckpointError naming the first file that is wrong."""
+def read(path: Path) -> Reader:
+    """Verify the checkpoint at `path` and open it. Raises CheckpointError naming the first file that is wrong."""
     record = verify(path)
-    params, _ = _read_tensors(path / MODEL)
-    flat, head = _read_tensors(path / OPTIMIZER)
-    state: State = {owner: {} for owner in json.loads(head["owners"])}  # an owner without slots is an owner still
-    for key, tensor in flat.items():
-        owner, _, slot = key.partition("/")
-        state[owner][slot] = tensor
+    params, state = TensorFile(path / MODEL), TensorFile(path / OPTIMIZER)
+    listed = state.json("owners", list)
+    if not all(isinstance(owner, str) for owner in listed) or len(set(listed)) < len(listed):
+        raise CheckpointError(f'{state.file}: damaged, "owners" in its head must be names, each once')
+    owners: dict[str, list[str]] = {owner: [] for owner in listed}  # an owner without slots is an owner still
+    for key in state.names:
+        owner, slash, slot = key.partition("/")
+        if not slash or owner not in owners:
+            raise CheckpointError(f"{state.file}: damaged, {key!r} is not <owner>/<slot> of an owner in its head")
+        owners[owner].append(slot)
     trainer = {key: value for key, value in record.items() if key not in RESERVED}
-    header = {key: value for key, value in head.items() if key not in HEAD}
-    return Checkpoint(record["step"], params, state, trainer, _read_json(path / CONFIG), path, header)
+    header = {key: value for key, value in state.head.items() if key not in HEAD}
+    return Reader(record["step"], params, state, owners, trainer, _read_json(path / CONFIG), path, header)
+
+
+def load(path: Path) -> Checkpoint:
+    """Verify the checkpoint at `path` and read it whole. Raises CheckpointError naming the first file that is wrong."""
+    found = read(path)
+    flat = found.state.everything()
+    state = {owner: {slot: flat[f"{owner}/{slot}"] for slot in slots} for owner, slots in found.owners.items()}
+    params = found.params.everything()
+    return Checkpoint(found.step, params, state, found.trainer, found.model_config, path, found.header)
 
 
 def latest(root: Path) -> Latest:
@@ -148,6 +186,12 @@ def restore_into(params: Params, loaded: Params) -> None:
 
     Either side may name a tied weight once or several times. Raises CheckpointError, having copied nothing.
     """
+    for name, p in check_fit(params, loaded).items():
+        p.detach().copy_(loaded[name])
+
+
+def check_fit(params: Params, loaded: Params) -> Params:
+    """Raises CheckpointError unless `restore_into` can copy; returns those of `params` that it would copy to."""
     missing, unexpected = _unmatched(params, loaded), _unmatched(loaded, params)
     if missing or unexpected:
         raise CheckpointError(
@@ -159,18 +203,23 @@ def restore_into(params: Params, loaded: Params) -> None:
         got, expected = (f"{tuple(t.shape)} {t.dtype}" for t in (loaded[name], p))
         if got != expected:
             raise CheckpointError(f"{name}: the checkpoint has {got}, expected {expected}; build the model like it")
-    for name, first in _ties(common).items():
+    for name, first in ties(common).items():
         if loaded[name] is not loaded[first] and not torch.equal(loaded[name], loaded[first]):
             raise CheckpointError(f"{name}: tied to {first} in the model, but the checkpoint has different values")
-    for name, p in common.items():
-        p.detach().copy_(loaded[name])
+    return common
 
 
-def prune(root: Path, keep_last: int) -> list[Path]:
-    """Delete all but the `keep_last` newest checkpoints, whole or not; returns the folders that are gone."""
+def prune(root: Path, keep_last: int, keep_every: int = 0, upto: int | None = None) -> list[Path]:
+    """Delete all but the `keep_last` newest checkpoints, whole or not; returns the folders that are gone.
+
+    Those of a step that is a multiple of `keep_every` stay, unless that is 0. Checkpoints of steps after `upto`, which
+    a run left behind that went on from an earlier one, are neither deleted nor counted.
+    """
     if keep_last < 1:
         raise UsageError(f"keep_last must be at least 1, got {keep_last}; to keep every checkpoint, do not prune")
-    gone = _list(root)[:-keep_last]
+    there = {path: int(match[1]) for path in _list(root) if (match := STEP.fullmatch(path.name))}
+    old = [path for path, step in there.items() if upto is None or step <= upto][:-keep_last]
+    gone = [path for path in old if not keep_every or there[path] % keep_every]
     for path in gone:
         hidden = path.rename(root / f".tmp-{path.name}")  # half-deleted must not look like a checkpoint
         shutil.rmtree(hidden)
@@ -215,47 +264,16 @@ def _flatten(state: State) -> dict[str, Tensor]:
     return {f"{owner}/{slot}": tensor for owner, slots in state.items() for slot, tensor in slots.items()}
 
 
-def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Every name -> the first name of the same tensor. Same means same memory, read in the same way."""
-    first: dict[object, str] = {}
-    keys = {n: (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else n for n, t in tensors.items()}
-    return {name: first.setdefault(key, name) for name, key in keys.items()}
-
-
 def _unmatched(wanted: Params, there: Params) -> list[str]:
     """Names in `wanted` that are not in `there`, nor tied to one that is."""
-    ties = _ties(wanted)
-    have = {ties[name] for name in wanted if name in there}
-    return [name for name in wanted if ties[name] not in have]
+    tied = ties(wanted)
+    have = {tied[name] for name in wanted if name in there}
+    return [name for name in wanted if tied[name] not in have]
 
 
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return f"{names[:8]}{more}" if names else "nothing"
-
-
-def _write_tensors(file: Path, tensors: dict[str, Tensor], header: Mapping[str, str]) -> None:
-    """One safetensors file; "names" in its head keeps their order and which name each is stored under."""
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise CheckpointError(
-                f"{name}: strides {tensor.stride()} of shape {tuple(tensor.shape)} are not contiguous; "
-                "make it contiguous where it is created, or the resumed run is not bitwise the same"
-            )
-    ties = _ties(tensors)
-    head = {"format": "pt", "schema": str(SCHEMA), "names": json.dumps(ties), **header}
-    try:
-        save_file({name: tensors[name] for name in dict.fromkeys(ties.values())}, file, head)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: cannot be written: {' '.join(str(error).split())}") from error
-
-
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors in the order in which they were saved, tied ones as one object, and the head."""
-    with safe_open(file, framework="pt") as content:
-        head = content.metadata()
-        stored = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, not a dict
-    return {name: stored[first] for name, first in json.loads(head["names"]).items()}, head
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -272,7 +290,7 @@ def _read_json(file: Path, otherwise: str = "the checkpoint is not whole") -> di
     except OSError as error:
         what = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{file}: {what}; {otherwise}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged, not JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: foreign, holds a {type(content).__name__}, expected an object")

@@ -62,7 +62,14 @@ class RunConfig:
     save_every: int = 1000
     """Steps between checkpoints; one more follows the last step."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep every checkpoint whose step is a multiple of this, for ever; 0: none."""
+    save_async: Literal["auto", "on", "off"] = "auto"
+    """Train on while a checkpoint is written, from a copy in host memory of weights and optimizer state. "auto" does on
+    CUDA; on the CPU that copy lies in the memory that the run trains in."""
+    inspect_every: int = 0
+    """Steps between looks at the optimizer's state (stable rank, bases, size of updates: optim/<rule>/); 0: never."""
     log_every: int = 10
     """Steps between log lines."""
     device: str = "auto"
@@ -74,6 +81,8 @@ class RunConfig:
             self.at_least(name, 1)
         for name in ("keep_last", "log_every"):
             self.at_least(name, 1)
+        for name in ("keep_every", "inspect_every"):
+            self.at_least(name, 0)
         if not self.clip_norm > 0:
             raise UsageError(f"--clip-norm must be above 0, got {self.clip_norm}")
 

@@ -1,25 +1,27 @@
 """The loop: data, schedule, steps, evaluation, checkpoints. What a run has done is (step, position in the data)."""
 
+import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optimizers.core import Hyper
 
-from . import checkpoint
-from .checkpoint import Checkpoint, CheckpointError
+from . import checkpoint, inspection, ownership
+from .checkpoint import Checkpoint, CheckpointError, WriteError
 from .config import RunConfig
 from .data import Batches
 from .memory import peak_bytes
 from .metrics import Metrics
+from .saver import NotDeleted, Saver
 from .schedule import Schedule
 from .segments import Batch
 from .step import Result, Step
@@ -35,6 +37,15 @@ class Interrupted(Exception):
     def __init__(self, signum: int, path: Path) -> None:
         super().__init__(f"{signal.Signals(signum).name}: saved {path}; continue with --resume auto")
         self.code = 128 + signum
+
+
+class Progress(NamedTuple):
+    """What a checkpoint's trainer.json says of the run."""
+
+    position: int
+    data: str
+    previous_norm: float
+    config: dict[str, Any]
 
 
 class Trainer:
@@ -61,11 +72,15 @@ class Trainer:
         self.pending: list[tuple[int, Result]] = []  # steps whose numbers nobody has read yet
         self.skipped = 0  # bases kept because the gradient at their refresh was unusable
         self.signal: int | None = None
+        background = config.save_async == "on" or (config.save_async == "auto" and step.device.type == "cuda")
+        self.saver = Saver(out, config.keep_last, config.keep_every, background)
+        self.say: Callable[[str], None] = print
 
     def resume(self, saved: Checkpoint) -> list[str]:
         """Continue from `saved`; returns settings that differ. Raises CheckpointError if it cannot fit."""
-        was = saved.trainer["config"]
-        if saved.trainer["data"] != self.data.tokens.fingerprint or was["sequence"] != self.config.sequence:
+        progress = _progress(saved)
+        was = progress.config
+        if progress.data != self.data.tokens.fingerprint or was["sequence"] != self.config.sequence:
             raise CheckpointError(
                 f"{saved.path}: was trained on other data or with --sequence {was['sequence']}; its position in the "
                 "data means nothing here. Give it the same --data, --tokenizer and --sequence"
@@ -82,17 +97,25 @@ class Trainer:
                     "resume with the optimizer, its settings, seed and precision that it was trained with"
                 )
         try:
-            checkpoint.restore_into(self.step.params, saved.params)
+            checkpoint.check_fit(self.step.params, saved.params)
         except CheckpointError as error:
             raise CheckpointError(f"{saved.path}: {error}") from None
+        model, mine = saved.model_config, json.loads(json.dumps(self.model_config))
+        if odd := [k for k in {**mine, **model} if k not in mine or k not in model or mine[k] != model[k]]:
+            name = odd[0]
+            raise CheckpointError(
+                f"{saved.path / checkpoint.CONFIG}: another model: {name} is {model.get(name)!r}, expected "
+                f"{mine.get(name)!r}; resume with the model that it was trained with"
+            )
+        checkpoint.restore_into(self.step.params, saved.params)
         copies: dict[int, Tensor] = {}  # slots that two tensors share stay one
         self.step.state.clear()
         for name, slots in saved.state.items():
             for t in slots.values():
                 copies.setdefault(id(t), t.to(self.step.device, copy=True))
             self.step.state[name] = {slot: copies[id(t)] for slot, t in slots.items()}
-        self.done, self.position = saved.step, saved.trainer["position"]
-        self.step.previous = torch.tensor(saved.trainer["previous_norm"], device=self.step.device)
+        self.done, self.position = saved.step, progress.position
+        self.step.previous = torch.tensor(progress.previous_norm, device=self.step.device)
         now = self.config.plain()
         return [
             f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in ("resume", "out")
@@ -101,8 +124,8 @@ class Trainer:
     def train(self, metrics: Metrics) -> float:
         """Run to the last step. Raises NonFiniteError, Interrupted."""
         config, tokens, since = self.config, 0, time.monotonic()
-        loss = math.nan
-        with self._signals(metrics):
+        loss, self.say = math.nan, metrics.say
+        with self._signals(), self._all_written():
             while self.done < config.steps:
                 self.pending.append((self.done, self._one_step()))
                 self.done += 1
@@ -110,18 +133,26 @@ class Trainer:
                 tokens += config.micro_batch * config.accumulation * config.sequence
                 last = self.done == config.steps or self.signal is not None
                 metrics.show(self.done)
-                if not (last or self.done == 1 or self._due(config.log_every, config.eval_every, config.save_every)):
+                looking = config.inspect_every > 0 and self._due(config.inspect_every)
+                due = self._due(config.log_every, config.eval_every, config.save_every)
+                if not (last or looking or self.done == 1 or due):
                     continue
                 if scalars := self._settle():
                     scalars["train/tokens_per_second"] = tokens / (time.monotonic() - since)
-                    scalars |= self._memory()
-                    metrics.log(self.done, scalars)
+                    scalars |= self._memory() | (self._look() if looking else {})
+                    self._log(metrics, scalars)
                     metrics.show(self.done, self._line(scalars, loss))
                 if self.signal is None and (last or self._due(config.eval_every)):
                     loss = self.evaluate()
-                    metrics.log(self.done, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))})
+                    self._log(metrics, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))})
                 if last or self._due(config.save_every):
+                    self._warn(self.saver.wait())
                     path = self.save()
+                    if last or not self.saver.background:
+                        error = self.saver.wait()
+                        if last and error and not isinstance(error, NotDeleted):
+                            raise WriteError(f"step {self.done}, the last, is not saved: {error}. {self._whole()}")
+                        self._warn(error)
                     if self.signal is not None:
                         raise Interrupted(self.signal, path)
                 tokens, since = 0, time.monotonic()  # evaluation and saving are not training time
@@ -139,7 +170,7 @@ class Trainer:
         return float(total / count)
 
     def save(self) -> Path:
-        """Write a checkpoint. Every step before it is known to be finite: the loop settles first.
+        """Begin to write a checkpoint. Every step before it is known to be finite: the loop settles first.
 
         Raises NonFiniteError where the last update made a parameter overflow: the checkpoints before it stay the last.
         """
@@ -154,15 +185,13 @@ class Trainer:
             "previous_norm": self.step.previous.item(),
             "config": self.config.plain(),
         }
-        rules = {
-            "optimizer": ",".join(g.rule.name for g in self.groups.values()),
-            **self.step.optimizer.about,
-        }
-        path = checkpoint.save(
-            self.out, self.done, self.step.params, self.step.state, trainer, self.model_config, rules
-        )
-        checkpoint.prune(self.out, self.config.keep_last)
-        return path
+        self.saver.save(self.done, self.step.params, self.step.state, trainer, self.model_config, self._header())
+        return self.out / f"step-{self.done:08d}"
+
+    def _header(self) -> dict[str, str]:
+        """What is said of the optimizer's state beside it: see `ownership.rules`, and what the optimizer adds."""
+        factor = self.schedule.factor(max(self.done - 1, 0))
+        return {**ownership.rules(self.step.optimizer.owner, factor), **self.step.optimizer.about}
 
     def _due(self, *every: int) -> bool:
         return any(self.done % n == 0 for n in every)
@@ -212,11 +241,28 @@ class Trainer:
         return scalars
 
     def _failure(self, what: str) -> NonFiniteError:
+        self._warn(self.saver.wait())
+        return NonFiniteError(f"{what}. {self._whole()}; try a lower --lr, a longer --warmup or --clip previous")
+
+    def _whole(self) -> str:
         saved = checkpoint.latest(self.out).path
-        return NonFiniteError(
-            f"{what}. The last good checkpoint is {saved or 'none: none was due yet'}; try a lower --lr, a longer "
-            "--warmup or --clip previous"
-        )
+        return f"The last good checkpoint is {saved or 'none: none was due yet'}"
+
+    def _warn(self, error: WriteError | None) -> None:
+        """Say what the disk refused. The run goes on: the next checkpoint may find room."""
+        if error:
+            self.say(f"warning: {error}. {self._whole()}; the run goes on")
+
+    def _log(self, metrics: Metrics, scalars: Mapping[str, float]) -> None:
+        """Record numbers of this step; where a full disk takes no more of them, the run goes on without."""
+        try:
+            metrics.log(self.done, scalars)
+        except OSError as error:
+            self.say(f"warning: the numbers of step {self.done} are not recorded: {error}; the run goes on")
+
+    def _look(self) -> dict[str, float]:
+        factor, rounded = self.schedule.factor(self.done - 1), not self.step.stochastic_rounding
+        return inspection.scalars(self.step.params, self.step.state, self.step.optimizer.owner, factor, rounded)
 
     def _memory(self) -> dict[str, float]:
         kind = "peak_allocated_gib" if self.step.device.type == "cuda" else "peak_resident_gib"
@@ -236,7 +282,15 @@ class Trainer:
         return {name: t.to(self.step.device, non_blocking=True) for name, t in batch.items()}
 
     @contextmanager
-    def _signals(self, metrics: Metrics) -> Iterator[None]:
+    def _all_written(self) -> Iterator[None]:
+        """However the run ends, a checkpoint that is being written is finished first."""
+        try:
+            yield
+        finally:
+            self._warn(self.saver.wait())
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
 
         def note(signum: int, frame: FrameType | None) -> None:
@@ -244,7 +298,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self.signal = signum
             name = signal.Signals(signum).name
-            metrics.say(f"{name}: saving after this step; another signal ends the run without saving")
+            self.say(f"{name}: saving after this step; another signal ends the run without saving")
 
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -252,3 +306,26 @@ class Trainer:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+
+def _progress(saved: Checkpoint) -> Progress:
+    """Raises CheckpointError where trainer.json does not say it, or contradicts itself."""
+    match saved.trainer:
+        case {
+            "position": int(position),
+            "tokens": int(tokens),
+            "data": str(data),
+            "previous_norm": float(norm) | int(norm),
+            "config": {"sequence": int(sequence)},
+        } if (
+            bool not in map(type, (position, tokens, norm, sequence))
+            and position >= 0
+            and tokens == position * sequence
+            and 0 <= norm < math.inf
+        ):
+            return Progress(position, data, float(norm), saved.trainer["config"])
+    got = {k: saved.trainer.get(k) for k in ("position", "tokens", "previous_norm", "data", "config")}
+    raise CheckpointError(
+        f"{saved.path / checkpoint.TRAINER}: is of no training run, or edited: expected a position, tokens that agree "
+        f"with it and config's sequence, a finite norm and the data's fingerprint, got {str(got)[:200]}"
+    )

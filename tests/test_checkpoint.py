@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, latest, load, prune, restore_into, save
@@ -77,7 +78,7 @@ def test_round_trip_is_bitwise_and_keeps_order(tmp_path_factory, step, params, s
 
 def test_tied_weights_are_stored_once_and_come_back_as_one(tmp_path):
     path = save_example(tmp_path)
-    with checkpoint.safe_open(path / "model.safetensors", framework="pt") as content:
+    with safe_open(path / "model.safetensors", framework="pt") as content:
         assert sorted(content.keys()) == ["model.embed.weight", "model.norm.weight"]
         assert content.metadata()["format"] == "pt"
     params = load(path).params

@@ -1,0 +1,92 @@
+"""Who moves a parameter, and how: what the head of a checkpoint says of the rules, so that tools need not guess."""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from optimizers.core import Group, Rule
+
+from .tensorfile import CheckpointError, TensorFile
+
+HEADING = "ownership"  # the key in the head
+
+
+class Who(NamedTuple):
+    """The group that owns a parameter, as the head of a checkpoint knows it; `lr` is that of the last step."""
+
+    group: str = "?"
+    rule: str = "?"
+    lr: float = math.nan
+    weight_decay: float = math.nan
+    options: Mapping[str, Any] = {}
+
+
+def options(rule: Rule) -> dict[str, Any]:
+    """The settings of a rule: every number, text and tuple of them that its functions close over."""
+    found: dict[str, Any] = {}
+    seen: set[object] = set()
+
+    def search(function: Callable[..., Any] | None) -> None:
+        if not isinstance(function, FunctionType) or function in seen:
+            return
+        seen.add(function)
+        for name, value in inspect.getclosurevars(function).nonlocals.items():
+            if isinstance(value, FunctionType):
+                search(value)
+            elif isinstance(value, Rule):  # what this one wraps
+                found.update({k: v for k, v in options(value).items() if k not in found})
+            elif isinstance(value, bool | int | float | str | None) or (
+                isinstance(value, tuple) and all(isinstance(v, int | float | str) for v in value)
+            ):
+                found.setdefault(name, value)
+
+    for function in (rule.init, rule.refresh, rule.update):
+        search(function)
+    return found
+
+
+def rules(owner: Mapping[str, Group], factor: float) -> dict[str, str]:
+    """For the head of a checkpoint: rule, rate, decay and settings by group, and every parameter's group.
+
+    `factor` is what the schedule made of the learning rates at the last step.
+    """
+    groups = {group.name: group for group in owner.values()}
+    said = {
+        name: {
+            "rule": group.rule.name,
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            "gap": group.rule.gap,
+            "options": options(group.rule),
+        }
+        for name, group in groups.items()
+    }
+    owned = {"rate": factor, "groups": said, "group_of": {name: group.name for name, group in owner.items()}}
+    return {"optimizer": ",".join(group.rule.name for group in groups.values()), HEADING: json.dumps(owned)}
+
+
+def read_rules(state: TensorFile) -> dict[str, Who]:
+    """The owner of each parameter from a head that `rules` wrote; nothing where it did not. Raises CheckpointError."""
+    if HEADING not in state.head:
+        return {}
+    match state.json(HEADING, dict):
+        case {"rate": float(rate) | int(rate), "groups": dict(groups), "group_of": dict(group_of)}:
+            pass
+        case _:
+            raise CheckpointError(f"{state.file}: damaged, {HEADING!r} in its head lacks rate, groups or group_of")
+    owners = {}
+    for name, group in group_of.items():
+        match groups.get(group) if isinstance(group, str) else None:
+            case {
+                "rule": str(rule),
+                "lr": float(lr) | int(lr),
+                "weight_decay": float(wd) | int(wd),
+                "options": dict(own),
+            }:
+                owners[name] = Who(group, rule, lr * rate, wd, own)
+            case entry:
+                raise CheckpointError(f"{state.file}: damaged, its head gives {name} to {group!r}, which is {entry!r}")
+    return owners

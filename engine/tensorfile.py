@@ -1,0 +1,105 @@
+"""One safetensors file of named tensors: in their order, tied ones once, read one at a time.
+
+"names" in the file's head keeps the order and says under which name each tensor is stored.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SCHEMA = 1
+HEAD = ("format", "schema", "names", "owners")  # keys of the head that are not the caller's
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written, read or used. The message names the file or tensor and what is wrong with it."""
+
+
+class WriteError(CheckpointError):
+    """The disk did not take a checkpoint: it is full, gone or read-only. What was whole before is whole still."""
+
+
+def ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every name -> the first name of the same tensor. Same means same memory, read in the same way."""
+    first: dict[object, str] = {}
+    keys = {n: (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else n for n, t in tensors.items()}
+    return {name: first.setdefault(key, name) for name, key in keys.items()}
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """`ties`, after checking that every tensor comes back as it is. Raises CheckpointError."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise CheckpointError(
+                f"{name}: strides {tensor.stride()} of shape {tuple(tensor.shape)} are not contiguous; "
+                "make it contiguous where it is created, or the resumed run is not bitwise the same"
+            )
+    return ties(tensors)
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write the file. Raises CheckpointError where something cannot be stored, WriteError where the disk refuses."""
+    names = storable(tensors)
+    head = {"format": "pt", "schema": str(SCHEMA), "names": json.dumps(names), **header}
+    try:
+        save_file({name: tensors[name] for name in dict.fromkeys(names.values())}, file, head)
+    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        disk = isinstance(error, SafetensorError) and "os error" in str(error)  # the one sign that it gives
+        kind = WriteError if disk else CheckpointError
+        raise kind(f"{file}: cannot be written: {' '.join(str(error).split())}") from error
+
+
+class TensorFile:
+    """A file that `write` wrote, open. Raises CheckpointError, naming it, where it is something else."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.head: dict[str, str]
+        try:
+            content: Any = safe_open(file, framework="pt")  # published without types
+            stored, self.head = set(content.keys()), content.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: damaged, not a safetensors file: {error}") from None
+        if (schema := self.head.get("schema")) != str(SCHEMA):
+            raise CheckpointError(f"{file}: foreign, its head has schema {schema!r}, expected '{SCHEMA}'")
+        names = self.json("names", dict)
+        if not all(isinstance(first, str) and names.get(first) == first for first in names.values()):
+            raise CheckpointError(f'{file}: damaged, "names" in its head ties tensors to others that are not in it')
+        if odd := stored.symmetric_difference(names.values()):
+            raise CheckpointError(f'{file}: damaged, {sorted(odd)[:3]} are in its head\'s "names" or stored, not both')
+        self.names: dict[str, str] = names
+        self._content = content
+
+    def json(self, key: str, kind: type) -> Any:
+        """What the head holds under `key`, of the given kind. Raises CheckpointError where it does not."""
+        text = self.head.get(key)
+        try:
+            value = json.loads(text) if text is not None else None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.file}: damaged, {key!r} in its head is not JSON: {error}") from None
+        if not isinstance(value, kind):
+            got = "is missing from its head" if text is None else f"in its head is a {type(value).__name__}"
+            raise CheckpointError(f"{self.file}: damaged, {key!r} {got}, expected a {kind.__name__}")
+        return value
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        try:
+            tensor: Tensor = self._content.get_tensor(self.names[name])
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{self.file}: {name}: cannot be read: {' '.join(str(error).split())}") from None
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor, which is not read."""
+        return tuple(self._content.get_slice(self.names[name]).get_shape())
+
+    def everything(self) -> dict[str, Tensor]:
+        """All tensors in the order in which they were saved, tied ones as one object."""
+        stored = {first: self.read(first) for first in dict.fromkeys(self.names.values())}
+        return {name: stored[first] for name, first in self.names.items()}
