@@ -18,19 +18,21 @@ def stored(chain: Chain, params: Params, batches: Sequence[Batch], scales: Seque
 
     With one micro-batch, gradients live for one segment; with more, all of them live until the last one.
     """
-    total, held = torch.zeros_like(scales[0]), Params()
+    total, held, lowest = torch.zeros_like(scales[0]), Params(), chain.lowest(params)
     for j, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
         x, kept = None, []
         for i in range(chain.last):
             x = leaf(x)
-            out = chain.forward(i, params, x, batch)
-            kept.append((x, out))
+            with torch.set_grad_enabled(i >= lowest):
+                out = chain.forward(i, params, x, batch)
+            if i >= lowest:
+                kept.append((x, out))
             x = out.detach()
             del out
         loss, g, grads = chain.head(params, x, batch, scale)
         total += loss
         del x
-        for i in range(chain.last, -1, -1):
+        for i in range(chain.last, lowest - 1, -1):
             if i < chain.last:
                 assert g is not None
                 g, grads = _pull(chain, i, params, *kept.pop(), g)
@@ -56,7 +58,7 @@ def recomputed(chain: Chain, params: Params, batches: Sequence[Batch], scales: S
             inputs.append(xs)
     total, held = torch.zeros_like(scales[0]), Params()
     flowing: list[Tensor | None] = [None] * len(batches)
-    for i in range(chain.last, -1, -1):
+    for i in range(chain.last, chain.lowest(params) - 1, -1):
         for j, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
             if i == chain.last:
                 loss, flowing[j], grads = chain.head(params, inputs[j].pop(), batch, scale)

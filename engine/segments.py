@@ -90,6 +90,11 @@ class Chain:
             tuple(n for n in dict.fromkeys(s.names.values()) if owner[n] == i) for i, s in enumerate(segments)
         ]
 
+    def lowest(self, params: Params) -> int:
+        """The first segment with something to train, or the last: nothing below it needs a backward."""
+        trains = (any(params[full].requires_grad for full in segment.names.values()) for segment in self.segments)
+        return next((i for i, trained in enumerate(trains) if trained), self.last)
+
     def forward(self, i: int, params: Params, x: Tensor | None, batch: Batch) -> Tensor:
         """Output of segment i; `params` holds the whole model's."""
         segment = self.segments[i]

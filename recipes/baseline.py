@@ -1,32 +1,36 @@
-"""Train a LLaMA with a baseline: AdamW, SGD with momentum, Muon or GaLore.
+"""Train a LLaMA with a baseline: AdamW, SGD with momentum, Muon, GaLore or LISA.
 
 python -m recipes.baseline                                              the demo, on the standard library's sources
 python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
 from optimizers.adamw import adamw
-from optimizers.core import Group, Params, UsageError
+from optimizers.core import Group, Optimizer, Params, UsageError
 from optimizers.galore import galore
 from optimizers.muon import muon
+from optimizers.omgd import omgd
 from optimizers.sgd import sgd
+from optimizers.traversal import duration, layers, traversal
 
-from .common import MATRICES, TrainConfig, groups_for, main, train
+from .common import MATRICES, Setup, TrainConfig, groups_for, main, train
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline(TrainConfig):
-    optimizer: Literal["adamw", "sgd", "muon", "galore"] = "adamw"
-    """The rule for the matrices of attention and MLP; AdamW trains the rest."""
+    optimizer: Literal["adamw", "sgd", "muon", "galore", "lisa"] = "adamw"
+    """The rule for the matrices of attention and MLP; AdamW trains the rest. lisa: AdamW for all, in a few layers at a
+    time, drawn with replacement (arXiv 2403.17919); embedding, head and last norm always train."""
     match: tuple[str, ...] = (MATRICES,)
     """sgd, muon, galore: regular expressions on the names of what the rule trains; the rest is AdamW's."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """adamw, galore: decay of the two moments."""
+    """adamw, galore, lisa: decay of the two moments."""
     momentum: float = 0.95
     """sgd, muon."""
     nesterov: bool = True
@@ -41,6 +45,11 @@ class Baseline(TrainConfig):
     """galore: what an update is multiplied by."""
     moments: Literal["keep", "reset", "rotate"] = "keep"
     """galore: what happens to the moments when the basis changes."""
+    active: int = 2
+    """lisa: layers that train at a time."""
+    period: str = "20step"
+    """lisa: how long they are held, such as 20step or 1epoch. State of layers that leave is freed; its authors' code
+    keeps it, as does: python -m recipes.omgd pretrain --replacement --state-policy keep."""
 
     def check(self) -> None:
         super().check()
@@ -55,7 +64,7 @@ class Baseline(TrainConfig):
 def groups(config: Baseline, params: Params) -> list[Group]:
     """Who trains what; AdamW's groups only where something is left for them."""
     first, *rest = every_group(config)
-    if config.optimizer == "adamw":
+    if config.optimizer in ("adamw", "lisa"):
         return [first, *rest]
     left = [name for name in params if not any(re.search(pattern, name) for pattern in config.match)]
     norms, others = [n for n in left if "norm" in n], [n for n in left if "norm" not in n]
@@ -66,7 +75,7 @@ def every_group(config: Baseline) -> list[Group]:
     """The rule's group, then AdamW's."""
     why = "matrices of attention and MLP" if config.match == (MATRICES,) else "asked for by --match"
     match config.optimizer:
-        case "adamw":
+        case "adamw" | "lisa":
             return groups_for(config, adamw(config.betas), "everything else")
         case "sgd":
             return groups_for(
@@ -80,8 +89,21 @@ def every_group(config: Baseline) -> list[Group]:
             return groups_for(config, rule, why, config.match)
 
 
+def wrap(config: Baseline) -> Callable[[Optimizer, Setup], Optimizer]:
+    """LISA's masks, where asked for."""
+
+    def wrapped(base: Optimizer, setup: Setup) -> Optimizer:
+        if config.optimizer != "lisa":
+            return base
+        period = duration(config.period, setup.epoch)
+        drawn = traversal(layers(setup.params), setup.key, active=config.active, period=period, replacement=True)
+        return omgd(base, setup.params, drawn, "none")
+
+    return wrapped
+
+
 if __name__ == "__main__":
     main(
         lambda: tyro.cli(Baseline, description=__doc__),
-        lambda config: train(config, "baseline", lambda params: groups(config, params)),
+        lambda config: train(config, "baseline", lambda params: groups(config, params), wrap(config)),
     )

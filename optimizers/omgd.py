@@ -1,0 +1,219 @@
+"""OMGD: Yang, Ren, Jiang, Wan & Peng, "Omni-Masked Gradient Descent: Memory-Efficient Optimization via Mask Traversal
+with Improved Convergence", arXiv 2603.05960; and LISA (Pan et al., arXiv 2403.17919), which draws with replacement.
+
+    every cycle    draw masks S_1 ... S_M with  sum_j S_j = M 1                            (3)
+    for j = 1 ... M, for each batch of a pass over the data            epochwise; or the pairs (j, batch) shuffled
+        g <- S_j (.) grad f(W; batch);   W <- base(W, g)               on what S_j keeps; the rest stands still
+
+S_j is M on what it keeps; what is in no group is always kept, at scale 1. Over any rule: a tensor that is frozen has no
+gradient, no update, no decay, no clock; bias correction counts its own active steps.
+
+Where this differs. The paper says nothing of state; its memory table implies "drop", the default here: moments of
+what leaves are freed and start anew. The authors' code does "keep", and so holds all moments after one cycle.
+Layers left over get a mask of their own, at scale ceil(N / active) like the rest; Algorithm 2 (`remainder="reset"`)
+skips them, at scale N / active, which breaks (3). The scale multiplies gradients after clipping; under Adam's rules it
+all but cancels, so `scale_mode="update"` (ours) multiplies updates, decay included. Algorithm 1's order of pairs is
+"joint"; it needs "keep" and saves no memory. The paper's experiments, and the default here, are epochwise.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .core import PARKED, Group, Hyper, Optimizer, Params, Rule, Slots, State, UsageError, blank, updating
+from .moments import Moments
+from .random import Key
+from .traversal import Traversal, write
+
+Policy = Literal["drop", "keep", "offload"]
+ScaleMode = Literal["grad", "none", "update"]
+
+
+def omgd(
+    base: Optimizer, params: Params, masks: Traversal, scale_mode: ScaleMode = "grad", state_policy: Policy = "drop"
+) -> Optimizer:
+    """`base`, with only what the current mask keeps being trained. State: as `base`'s for what is active.
+
+    A masked tensor has a slot `scale` more (0-d float32; not with scale_mode "none"). Where masks choose coordinates it
+    has `entries` too (int32 (k,), positions in the flattened tensor), and its other slots are those of a vector (k,).
+    "keep" and "offload" (to the host) hold a frozen tensor's slots under `PARKED` + name, all of them from the start.
+    A basis that is fresh, or fell due while its tensor was frozen, is rebuilt at the tensor's first step.
+
+    Inside a segment every set of active tensors is a graph of its own: compile layers and coordinates, not tensors.
+    Raises UsageError for what cannot be combined, and names the tensor that a rule cannot serve.
+    """
+    if base.turn is not Optimizer._field_defaults["turn"]:
+        raise UsageError(
+            "omgd: the optimizer to mask changes between steps itself; expected plain rules (core.partition)"
+        )
+    if masks.order == "joint" and state_policy != "keep":
+        raise UsageError(
+            f"omgd: order 'joint' changes the mask every step; got state_policy {state_policy!r}, expected 'keep'"
+        )
+    compact = masks.groups.kind == "coordinates"
+    grouped = {name: i for i, names in enumerate(masks.groups.names) for name in names}
+    inner: dict[str, Group] = {}
+    rules: dict[Rule, Rule] = {}  # one a rule, so that all layers share a kernel
+    for name in grouped:
+        group = base.owner[name]
+        if group.rule not in rules:
+            rules[group.rule] = group.rule if scale_mode == "none" else scaled(group.rule, scale_mode)
+        inner[name] = group._replace(rule=rules[group.rule])
+    owner: dict[str, Group] = {**base.owner, **inner}
+    if compact:
+        gathers = {rule: gathered(rule, masks.masks) for rule in rules.values()}
+        for name, group in inner.items():
+            _check_coordinates(name, params[name], group.rule, masks, state_policy)
+            owner[name] = group._replace(rule=gathers[group.rule])
+
+    def active(step: int) -> set[str]:
+        return {name for i in masks.active(step) for name in masks.groups.names[i]}
+
+    def scale(slots: Slots, p: Tensor, step: int) -> Slots:
+        if "scale" not in slots:
+            return slots
+        return {**slots, "scale": p.new_full((), 1.0 if step < masks.warmup else masks.scale, dtype=torch.float32)}
+
+    def fresh(name: str, p: Tensor, step: int) -> Slots:
+        if not compact:
+            return scale(blank(owner, {name: p})[name], p, step)
+        entries = masks.entries(name, p.numel(), step).to(p.device)
+        slots = blank(inner, {name: p.detach().flatten()[: len(entries)]})[name]
+        return {**scale(slots, p, step), "entries": entries}
+
+    def park(slots: Slots) -> Slots:
+        if state_policy != "offload":
+            return slots
+        return {slot: t.cpu().pin_memory() if t.is_cuda else t.cpu() for slot, t in slots.items()}
+
+    def init(params: Params, step: int = 0) -> State:
+        step = max(step - 1, 0)  # a mask is turned before its first step, not after another's last
+        state, now = base.init({n: p for n, p in params.items() if n not in grouped}, step), active(step)
+        for name, p in params.items():
+            if name in grouped and name in now:
+                state[name] = fresh(name, p, step)
+            elif name in grouped and state_policy != "drop":
+                state[PARKED + name] = park(fresh(name, p, step))
+        return {key: state[key] for name in params for key in (name, PARKED + name) if key in state}
+
+    def turn(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+        now, new = active(step), dict(state)
+        for name, p in params.items():
+            if name not in grouped:
+                continue
+            if name not in now:
+                if (slots := new.pop(name, None)) is not None and state_policy != "drop":
+                    new[PARKED + name] = park(slots)
+            elif compact:
+                new[name] = fresh(name, p, step)
+            elif name in new:
+                new[name] = scale(new[name], p, step)
+            elif (slots := new.pop(PARKED + name, None)) is not None:
+                new[name] = scale({slot: t.to(p.device, non_blocking=True) for slot, t in slots.items()}, p, step)
+            else:
+                new[name] = fresh(name, p, step)
+        return params, {key: new[key] for name in params for key in (name, PARKED + name) if key in new}
+
+    def due(step: int) -> tuple[str, ...]:
+        names = dict.fromkeys(base.due(step))
+        if masks.turns(step) and not compact:
+            new = {n for n in active(step) - active(step - 1) if owner[n].rule.gap}
+            if state_policy == "drop":
+                return tuple(names | dict.fromkeys(sorted(new)))
+            for t in range(step - 1, -1, -1):  # ends within a gap: until then each has been active, or due
+                new -= active(t)
+                if not new:
+                    break
+                late = new.intersection(base.due(t))
+                names |= dict.fromkeys(sorted(late))
+                new -= late
+        return tuple(names)
+
+    def view(params: Params, state: State) -> tuple[Params, Params]:
+        return (
+            {name: p for name, p in params.items() if name in state},
+            {name: p for name, p in params.items() if name not in state},
+        )
+
+    about = {"traversal": write(masks), "scale_mode": scale_mode, "state_policy": state_policy}
+    return base._replace(
+        owner=owner,
+        init=init,
+        update=updating(owner),
+        due=due,
+        view=view,
+        turns=masks.turns,
+        turn=turn,
+        batch=masks.batch,
+        about={**base.about, **about},
+    )
+
+
+def scaled(rule: Rule, mode: Literal["grad", "update"]) -> Rule:
+    """`rule` with its gradient, or its update, multiplied by the slot `scale`."""
+
+    def inside(slots: Slots) -> Slots:
+        return {slot: t for slot, t in slots.items() if slot != "scale"}
+
+    def init(p: Tensor) -> Slots:
+        return {**rule.init(p), "scale": p.new_ones((), dtype=torch.float32)}
+
+    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
+        scale = slots["scale"]
+        delta, new = rule.update(g.float() * scale if mode == "grad" else g, inside(slots), p, hyper)
+        return delta * scale if delta is not None and mode == "update" else delta, {**new, "scale": scale}
+
+    def times(moments: Moments, factor: Tensor) -> Moments:
+        if mode == "update":
+            return moments
+        first, second, seen = moments
+        return Moments(None if first is None else first * factor, None if second is None else second * factor**2, seen)
+
+    def export(slots: Slots, p: Tensor) -> Moments:
+        assert rule.export is not None
+        return times(rule.export(inside(slots), p), 1 / slots["scale"])
+
+    def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
+        assert rule.adopt is not None
+        new, did = rule.adopt(times(moments, slots["scale"]), inside(slots), p, key)
+        return {**new, "scale": slots["scale"]}, did
+
+    return rule._replace(
+        init=init, update=update, export=export if rule.export else None, adopt=adopt if rule.adopt else None
+    )
+
+
+def gathered(rule: Rule, masks: int) -> Rule:
+    """`rule` on the `entries` (int32 (k,)) of a tensor alone: state holds k entries, the others stay as they are."""
+
+    def init(p: Tensor) -> Slots:
+        entries = torch.arange(p.numel() // masks, dtype=torch.int32, device=p.device)
+        return {**rule.init(p.detach().flatten()[: len(entries)]), "entries": entries}
+
+    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
+        entries = slots["entries"]
+        where = entries.long()
+        own = {slot: t for slot, t in slots.items() if slot != "entries"}
+        delta, new = rule.update(g.flatten()[where], own, p.flatten()[where], hyper)
+        if delta is not None:
+            still = delta.new_full((p.numel(),), -0.0)  # x + -0 is x for every x, 0 would change -0
+            delta = still.scatter(0, where, delta).view(p.shape)
+        return delta, {**new, "entries": entries}
+
+    return Rule(rule.name, init, update)
+
+
+def _check_coordinates(name: str, p: Tensor, rule: Rule, masks: Traversal, policy: Policy) -> None:
+    if rule.refresh:
+        raise UsageError(
+            f"{name}: masks of coordinates leave vectors, but {rule.name} needs a matrix; mask layers or tensors"
+        )
+    if p.numel() < masks.masks:
+        raise UsageError(f"{name}: {p.numel()} entries cannot be split over {masks.masks} masks; leave it out of them")
+    slots = blank({name: Group("", rule, (), 0.0)}, {name: p.detach().flatten()[: p.numel() // masks.masks]})[name]
+    if policy != "drop" and slots.keys() - {"scale"}:
+        raise UsageError(
+            f"{name}: masks of coordinates hold the state of active entries only; got state_policy {policy!r}, "
+            "expected 'drop', or a rule without state"
+        )
