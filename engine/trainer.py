@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.core import Hyper
+from optimizers.convert import Row, convert
+from optimizers.core import Hyper, Optimizer, Params, State
 
 from . import checkpoint, inspection, ownership
 from .checkpoint import Checkpoint, CheckpointError, WriteError
@@ -72,50 +73,41 @@ class Trainer:
         self.pending: list[tuple[int, Result]] = []  # steps whose numbers nobody has read yet
         self.skipped = 0  # bases kept because the gradient at their refresh was unusable
         self.signal: int | None = None
+        self.converted: list[Row] = []  # what became of another optimizer's state
         background = config.save_async == "on" or (config.save_async == "auto" and step.device.type == "cuda")
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
         self.say: Callable[[str], None] = print
 
-    def resume(self, saved: Checkpoint) -> list[str]:
-        """Continue from `saved`; returns settings that differ. Raises CheckpointError if it cannot fit."""
-        progress = _progress(saved)
+    @torch.no_grad()
+    def resume(self, saved: Checkpoint, source: Optimizer | None = None) -> list[str]:
+        """Continue from `saved`; returns settings that differ. Raises CheckpointError, having changed nothing, if it
+        cannot fit. Given `source`, the optimizer that it was trained with, its state is converted to this run's, and
+        `self.converted` says what became of it."""
+        progress, step = _progress(saved), self.step
         was = progress.config
         if progress.data != self.data.tokens.fingerprint or was["sequence"] != self.config.sequence:
             raise CheckpointError(
                 f"{saved.path}: was trained on other data or with --sequence {was['sequence']}; its position in the "
                 "data means nothing here. Give it the same --data, --tokenizer and --sequence"
             )
-        expected = self.step.optimizer.init(self.step.params, saved.step)
-        for name in {**expected, **saved.state}:
-            mine, other = (
-                {slot: (tuple(t.shape), t.dtype) for slot, t in state.get(name, {}).items()}
-                for state in (expected, saved.state)
-            )
-            if mine != other or (name in expected) != (name in saved.state):
-                raise CheckpointError(
-                    f"{saved.path}: optimizer state of {name} is {other or 'not there'}, expected {mine or 'none'}; "
-                    "resume with the optimizer, its settings, seed and precision that it was trained with"
-                )
-        try:
-            checkpoint.check_fit(self.step.params, saved.params)
-        except CheckpointError as error:
-            raise CheckpointError(f"{saved.path}: {error}") from None
-        model, mine = saved.model_config, json.loads(json.dumps(self.model_config))
-        if odd := [k for k in {**mine, **model} if k not in mine or k not in model or mine[k] != model[k]]:
-            name = odd[0]
-            raise CheckpointError(
-                f"{saved.path / checkpoint.CONFIG}: another model: {name} is {model.get(name)!r}, expected "
-                f"{mine.get(name)!r}; resume with the model that it was trained with"
-            )
-        checkpoint.restore_into(self.step.params, saved.params)
+        expected = _expected(saved, source or step.optimizer, step.params)
+        _check_model(saved, step.params, self.model_config)
+        checkpoint.restore_into(step.params, saved.params)
         copies: dict[int, Tensor] = {}  # slots that two tensors share stay one
-        self.step.state.clear()
+        state: State = {}
         for name, slots in saved.state.items():
-            for t in slots.values():
-                copies.setdefault(id(t), t.to(self.step.device, copy=True))
-            self.step.state[name] = {slot: copies[id(t)] for slot, t in slots.items()}
+            for slot, t in slots.items():  # on the host where the optimizer keeps them there
+                copies.setdefault(id(t), t.to(expected[name][slot].device, copy=True))
+            state[name] = {slot: copies[id(t)] for slot, t in slots.items()}
+        if source is not None:
+            for name, p in source.merge(step.params, state).items():
+                if p is not step.params[name]:
+                    step.params[name].copy_(p)
+            state, self.converted = convert(step.params, state, source, step.optimizer, saved.step, step.key)
+        step.state.clear()
+        step.state.update(state)
         self.done, self.position = saved.step, progress.position
-        self.step.previous = torch.tensor(progress.previous_norm, device=self.step.device)
+        step.previous = torch.tensor(progress.previous_norm, device=step.device)
         now = self.config.plain()
         return [
             f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in ("resume", "out")
@@ -306,6 +298,44 @@ class Trainer:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+
+def _expected(saved: Checkpoint, optimizer: Optimizer, params: Params) -> State:
+    """What the state of `optimizer` looks like at the checkpoint's step. Raises CheckpointError where it does not."""
+    for key, mine in optimizer.about.items():
+        if (theirs := saved.header.get(key)) != mine:
+            raise CheckpointError(
+                f"{saved.path}: {key} of its optimizer is {str(theirs)[:200]}, expected {mine[:200]}; resume with the "
+                "settings and the seed that it was trained with, or convert it with --swap"
+            )
+    expected = optimizer.init(params, saved.step)
+    for name in {**expected, **saved.state}:
+        wanted, other = (
+            {slot: (tuple(t.shape), t.dtype) for slot, t in state.get(name, {}).items()}
+            for state in (expected, saved.state)
+        )
+        if wanted != other or (name in expected) != (name in saved.state):
+            raise CheckpointError(
+                f"{saved.path}: optimizer state of {name} is {other or 'not there'}, expected {wanted or 'none'}; "
+                "resume with the optimizer, its settings, seed and precision that it was trained with, or convert it "
+                "with --swap"
+            )
+    return expected
+
+
+def _check_model(saved: Checkpoint, params: Params, model_config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the checkpoint holds another model's weights."""
+    try:
+        checkpoint.check_fit(params, saved.params)
+    except CheckpointError as error:
+        raise CheckpointError(f"{saved.path}: {error}") from None
+    model, mine = saved.model_config, json.loads(json.dumps(model_config))
+    if odd := [k for k in {**mine, **model} if k not in mine or k not in model or mine[k] != model[k]]:
+        name = odd[0]
+        raise CheckpointError(
+            f"{saved.path / checkpoint.CONFIG}: another model: {name} is {model.get(name)!r}, expected "
+            f"{mine.get(name)!r}; resume with the model that it was trained with"
+        )
 
 
 def _progress(saved: Checkpoint) -> Progress:

@@ -69,7 +69,8 @@ class Optimizer(NamedTuple):
     `turn(params, state, step, key) -> (params, state)` is cold: what changes between steps (a mask, a subspace),
     before those steps for which `turns` holds. It takes any part of the model, so that the engine can turn one segment
     after another and never holds a second copy of the weights. `batch(step)` is the batch that a step trains on, where
-    order is part of the method. `about` goes into the head of every checkpoint's state.
+    order is part of the method. `merge(params, state)` are the weights that a model has without its optimizer. `about`
+    goes into the head of every checkpoint's state.
     """
 
     owner: Mapping[str, Group]
@@ -82,6 +83,7 @@ class Optimizer(NamedTuple):
     moves: Mapping[str, str] = MappingProxyType({})
     batch: Callable[[int], int] = lambda step: step
     about: Mapping[str, str] = MappingProxyType({})
+    merge: Callable[[Params, State], Params] = lambda params, state: params
 
 
 PARKED = "parked:"  # before a parameter's name in the state: slots of a frozen tensor, kept for its return

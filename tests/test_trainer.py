@@ -30,6 +30,24 @@ RUNS = {
     "bf16, stochastic rounding": "baseline --precision bf16-sr",
     "mixed precision, tied": "baseline --precision mixed --size.tie-word-embeddings True",
     "snsm": "snsm demo --rank 4 --update-proj-gap 7",
+    "rso in the middle of a period": "rso demo --rank 4 --period 7",
+    "rso at a turn, shared, transformed": "rso demo --rank 4 --period 4 --share --moments transform --weight-decay 0.1",
+    "rso in products, kept, with a penalty": "rso demo --rank 4 --period 5 --form products --moments keep --prox 1e-3",
+    "rso of galore, Haar": "rso demo --rank 4 --period 5 --inner galore --inner-rank 2 --projection haar",
+    "rso of snsm, bf16": "rso demo --rank 4 --period 7 --inner snsm --inner-rank 2 --form products --precision bf16-sr",
+    "rso of muon, coordinates": "rso demo --rank 4 --period 7 --inner muon --projection coordinate",
+    "lisa": "baseline --optimizer lisa --active 1 --period 5step",
+    "omgd in the middle of a mask": "omgd pretrain --active 1 --period 5step",
+    "omgd at a turn, scaling updates": "omgd pretrain --active 1 --period 4step --scale-mode update",
+    "omgd, everything still training": "omgd pretrain --active 1 --period 3step --mask-warmup 14step",
+    "omgd, kept": "omgd pretrain --active 1 --period 5step --state-policy keep",
+    "omgd, offloaded": "omgd pretrain --active 1 --period 5step --state-policy offload",
+    "omgd, joint": "omgd pretrain --active 1 --period 4step --state-policy keep --order joint",
+    "omgd of tensors": "omgd pretrain --by tensors --keep 0.3 --balance numel --period 5step",
+    "omgd of coordinates": "omgd pretrain --by coordinates --keep 0.3 --period 5step",
+    "omgd over snsm": "omgd pretrain --over snsm --rank 4 --update-proj-gap 7 --active 1 --period 5step",
+    "omgd over sumo": "omgd pretrain --over sumo --rank 4 --update-proj-gap 7 --active 1 --period 5step",
+    "omgd over galore": "omgd pretrain --over galore --rank 4 --update-proj-gap 3 --active 1 --period 5step",
 }
 
 
@@ -51,8 +69,9 @@ def assert_same_end(got: Path, expected: Path) -> None:
     for name, p in b.params.items():
         assert p.isfinite().all()
         assert a.params[name].equal(p), name
-        assert a.state[name].keys() == b.state[name].keys()
-        for slot, value in b.state[name].items():
+    for name, slots in b.state.items():
+        assert a.state[name].keys() == slots.keys()
+        for slot, value in slots.items():
             assert a.state[name][slot].dtype == value.dtype
             assert a.state[name][slot].equal(value), f"{name}/{slot}"
     for key in ("position", "tokens", "data", "previous_norm"):
