@@ -1,5 +1,6 @@
 """What every run can be told: the fields are the flags of every recipe, the strings under them their help."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,3 +108,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+SHARED = ("model", "size", "prompt")  # flags of every recipe that are no optimizer's
+PLACED = ("out", "resume", "compile")  # where and how, which is not carried over
+
+
+def flags(plain: Mapping[str, Any]) -> list[str]:
+    """The command line that gives another recipe the data, length, model and bookkeeping of a config's `plain`."""
+    default, line = RunConfig().plain(), []
+    for name, value in plain.items():
+        if (name in default or name in SHARED) and name not in PLACED and value != default.get(name):
+            line += _flag(f"--{name.replace('_', '-')}", value)
+    return line
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [word for key, own in value.items() for word in _flag(f"{name}.{key.replace('_', '-')}", own)]
+    if isinstance(value, bool) and "." not in name:
+        return [name if value else name.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        return [name, *map(str, value)] if value else []
+    return [] if value is None else [name, str(value)]
