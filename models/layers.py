@@ -5,7 +5,8 @@ Parameter names and numerics are Hugging Face's LlamaForCausalLM's. Nothing here
 `Llama.init_weights` does, from a seed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """`x Wᵀ`, weight (out, in), without a bias unless asked for."""
+    """`x Wᵀ`, weight (out, in), without a bias unless asked for.
+
+    `attach` gives it a subspace: while P (in, r) and B (out, r) hold numbers it computes `x (W + B Pᵀ)ᵀ`, in one of
+    two forms that keep `x P` for backward where a plain layer keeps x. Called without them it is plain.
+    """
+
+    P: nn.Parameter | None
+    B: nn.Parameter | None
+    form: str
 
     def __init__(
         self,
@@ -25,6 +34,110 @@ class Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
+        self.register_parameter("P", None)
+        self.register_parameter("B", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.P is None or self.B is None or self.P.is_meta:
+            return super().forward(x)
+        if self.form == "products":
+            return products(x, self.weight, self.bias, self.P, self.B)
+        return merged(x, self.weight, self.bias, self.P, self.B)
+
+
+FORMS = ("merged", "products")
+
+
+def merged(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, b: Tensor) -> Tensor:
+    """`x Wᵀ` where the weight in memory is already W + B Pᵀ: x (..., in) -> (..., out). B's values are not read.
+
+    Backward gives dB = dYᵀ (x P), and no gradient of weight (which must be frozen) or P: of x it keeps x P alone.
+    """
+    y = F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return y
+    return _Tap.apply(y, x.detach() @ p, b.view_as(b))  # a view: see _Tap
+
+
+def products(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, b: Tensor) -> Tensor:
+    """`x Wᵀ + (x P) Bᵀ`, x (..., in) -> (..., out); with weight and P frozen autograd keeps x P alone.
+
+    addmm adds into the first product: a sum of two products would be inlined by a compiler into all that reads it, and
+    both would stay alive until backward.
+    """
+    flat = x.flatten(0, -2)
+    y = torch.addmm(F.linear(flat, weight, bias), flat @ p, b.to(x.dtype).T)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _Tap(torch.autograd.Function):
+    """y (..., out) as it is, with a gradient for b (out, r) on the way back: dYᵀ z, z (..., r).
+
+    torch 2.13, inlining a Function in a compiled `torch.func.vjp`, loses its backward without a word where all its
+    differentiated inputs are themselves arguments of the differentiated function (pytorch issue 193279), and
+    needs_input_grad is False for those. Here y never is one, and callers pass a view of b all the same;
+    needs_input_grad is not read.
+    """
+
+    @staticmethod
+    def forward(y: Tensor, z: Tensor, b: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:
+        (z,) = ctx.saved_tensors
+        return dy, None, dy.flatten(0, -2).T @ z.flatten(0, -2)
+
+
+def attach(module: nn.Module, names: Iterable[str], rank: int, form: str = "merged") -> None:
+    """Give the Linear layers with these weights ("….weight", as `module` names its parameters) slots for P and B.
+
+    The slots are parameters ….P (in, rank) and ….B (out, rank) on the meta device, without memory. Whoever runs the
+    module with `torch.func.functional_call` passes tensors for both; a module that is simply called, as in generation,
+    does not see them, and is the plain layer with the weight it has. `form` is "merged" or "products".
+
+    It works on any nn.Linear, of any module: its class becomes `Linear`. What reads the weight without calling the
+    layer (nn.MultiheadAttention, a tied output matrix) would bypass the slots. Call it once the module is where it
+    shall stay, as parameters without memory cannot be moved; `detach` undoes it.
+
+    Raises ValueError, having changed nothing, for a form it does not know, a rank above a layer's in_features, and a
+    name that is not the weight of an nn.Linear, or of a subclass, whose forward might be another.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form: got {form!r}, expected one of {FORMS}")
+    layers: list[nn.Linear] = []
+    modules = dict(module.named_modules())
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        layer = modules.get(path, module)
+        if leaf != "weight" or not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, Linear):
+            raise ValueError(
+                f"{name}: got a parameter of {type(layer).__name__}, expected the weight of an nn.Linear itself; "
+                "train this parameter without a subspace"
+            )
+        if not 1 <= rank <= layer.in_features:
+            raise ValueError(
+                f"{name}: rank: got {rank}, expected at least 1 and at most its {layer.in_features} inputs"
+            )
+        layers.append(layer)
+    for layer in layers:
+        layer.__class__ = Linear
+        assert isinstance(layer, Linear)
+        layer.form = form
+        for slot, size in (("P", layer.in_features), ("B", layer.out_features)):
+            empty = torch.empty(size, rank, device="meta", dtype=layer.weight.dtype)
+            layer.register_parameter(slot, nn.Parameter(empty))
+
+
+def detach(module: nn.Module) -> None:
+    """Take the slots out of every layer again, so that the module can be moved and its state_dict saved."""
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            layer.P = layer.B = None
 
 
 class RMSNorm(nn.Module):

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from engine.checkpoint import CONFIG, MODEL, TRAINER, CheckpointError, latest, restore_into
+from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, CheckpointError, latest, load, restore_into
 from engine.tokenizer import load_tokenizer
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
+from optimizers.rso import merge
 
 TOKENIZER = "tokenizer"  # folder in a run that holds the vocabulary files, where there are any
 
@@ -73,7 +74,11 @@ def load_model(folder: Path, device: torch.device) -> Llama:
     """The model in a checkpoint folder, in the dtype it was saved in. Raises CheckpointError where it is not whole."""
     try:
         config = LlamaConfig.from_hf(_read_json(folder / CONFIG))
-        tensors = load_file(folder / MODEL)
+        if _is_in_products(folder):
+            saved = load(folder)
+            tensors = merge(saved.params, saved.state)
+        else:
+            tensors = load_file(folder / MODEL)
     except (ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     with torch.device("meta"):
@@ -81,6 +86,14 @@ def load_model(folder: Path, device: torch.device) -> Llama:
     model.to(next(iter(tensors.values())).dtype).to_empty(device=device)
     restore_into(dict(model.named_parameters()), tensors)
     return model.eval()
+
+
+def _is_in_products(folder: Path) -> bool:
+    """Does the checkpoint keep B Pᵀ of RSO beside the weights? Without an optimizer's state, the weights are all."""
+    if not (folder / OPTIMIZER).is_file():
+        return False
+    with safe_open(folder / OPTIMIZER, framework="pt") as content:
+        return (content.metadata() or {}).get("rso.form") == "products"
 
 
 def tokenizer_of(folder: Path) -> str:

@@ -1,0 +1,215 @@
+"""RSO: Chen, Zhang, Liu, Yuan & Wen, "A Memory Efficient Randomized Subspace Optimization Method for Training Large
+Language Models", ICML 2025, arXiv 2502.07222. For every layer y = x Wᵀ under it, W (out, in):
+
+    for k = 0, 1, ...                                               every `period` steps
+        P ~ random (in, r), E P Pᵀ = I;     B <- 0 (out, r);     moments <- 0
+        B ~ argmin_B f(W + B Pᵀ) + 1/(2 eta) ||B||²                 by `period` steps of an inner rule:
+            dB = dYᵀ (x P) + B / eta                                = G P + B / eta, of x only x P (tokens, r) is kept
+            B <- B + rule(dB)
+        W <- W + B Pᵀ
+
+P is N(0, 1/r), or sqrt(in/r) times a uniform (Haar) orthonormal basis or r coordinates. An entry of B Pᵀ is as large
+as one of B, so learning rates of the inner rule carry over from W. Two forms of the same steps:
+
+    merged      W holds W + B Pᵀ all along, the only copy of it: rule(dB) Pᵀ is added to it at each step, B itself is
+                not stored, and nothing is left to do at the end of a period
+    products    W stays as it is for a period (decay aside), the model computes x Wᵀ + (x P) Bᵀ
+
+Where this differs. The body of the paper was not at hand: this follows its abstract, third parties that ran or
+described it, and public code of the same group. That P stands on the input side of every layer follows from the claim
+about activations; Gaussian P and no 1/eta are what public code does, Haar P and eta are the theory's. Weight decay
+multiplies W, not B. Moments may also be kept, or carried over (m <- r/in m P_oldᵀ P_new, v and t as they are).
+`share` gives layers that read the same x the same P, so that x P is kept once (ours). A reproduction (arXiv
+2602.23111) found RSO 0.4 to 1.0 perplexity behind Adam in pre-training LLaMA of 130M to 1B.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from .core import Hyper, Optimizer, Params, Rule, Slots, State, UsageError, add, blank, updating
+from .random import Key, fold, normal, permutation
+
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
+
+
+def draw(projection: str, key: Key, size: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
+    """P (size, rank), float32, contiguous, with E P Pᵀ = I; a pure function of its arguments."""
+    if torch.device(device).type == "meta":
+        return torch.empty(size, rank, device=device)
+    p: Tensor
+    if projection == "coordinate":
+        p = torch.zeros(size, rank, device=device)
+        p[permutation(key, size, device)[:rank].sort().values, torch.arange(rank, device=device)] = sqrt(size / rank)
+        return p
+    g = normal(key, (size, rank), device)
+    if projection == "gaussian":
+        return g / sqrt(rank)
+    q, r = torch.linalg.qr(g)
+    p = (sqrt(size / rank) * q * r.diagonal().sign()).contiguous()  # without the signs it would not be uniform
+    return p
+
+
+def subspace(inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, decay: bool = True) -> Rule:
+    """`inner` on B (out, r) as a rule for W (out, in), whose gradient is dB: it moves W by rule(dB) Pᵀ, or B.
+
+    Slots: `P` (in, r) in W's dtype; `B` (out, r) float32 where the form is "products" or `prox` (1/eta) is not 0; and
+    those of `inner` for a B. Without `decay` the weight decay is taken to be 0, which saves a pass over W.
+    """
+    holds = form == "products" or prox > 0
+
+    def init(p: Tensor) -> Slots:
+        b = p.new_zeros(p.shape[0], rank, dtype=torch.float32)
+        return {"P": p.new_zeros(p.shape[1], rank), **({"B": b} if holds else {}), **inner.init(b)}
+
+    def split(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        own = {name: slot for name, slot in slots.items() if name not in ("P", "B")}
+        return (g.float() + prox * slots["B"] if prox else g), own
+
+    def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
+        assert inner.refresh is not None
+        new, ok = inner.refresh(*split(g, slots), key)
+        return slots | new, ok
+
+    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
+        b = slots["B"] if holds else p.new_zeros(()).expand(p.shape[0], rank)
+        still = {**hyper, "weight_decay": torch.zeros_like(hyper["weight_decay"])}
+        step, new = inner.update(*split(g, slots), b, still)
+        assert step is not None, f"{inner.name} moves its tensor"
+        new = slots | new | ({"B": b + step} if holds else {})
+        delta = step @ slots["P"].float().T if form == "merged" else None
+        if decay:
+            shrink = -hyper["lr"] * hyper["weight_decay"] * p.float()
+            delta = shrink if delta is None else delta + shrink
+        return delta, new
+
+    return Rule(f"rso {inner.name}", init, update, refresh if inner.refresh else None, inner.gap, inner.offset)
+
+
+def rso(
+    base: Optimizer,
+    params: Params,
+    names: Iterable[str],
+    rank: int,
+    period: int = 200,
+    key: Key = Key(0),  # noqa: B008 (an int)
+    form: str = "merged",
+    projection: str = "gaussian",
+    share: Sequence[Sequence[str]] = (),
+    moments: str = "reset",
+    prox: float = 0.0,
+) -> Optimizer:
+    """`base`, from `core.partition`, with the weights `names` ("….weight") moved in subspaces by the rules they have.
+
+    The model must have slots of the same names, rank and form (`models.layers.attach`): it sees ….P and ….weight
+    frozen and ….B trainable, whose gradient moves the weight. P is drawn anew from (`key`, name, step) every `period`
+    steps, one for the modules of a parent that `share` lists together. `moments`: what becomes of the inner rule's
+    state then, "reset", "keep" or "transform". `prox` is 1/eta. All that is not in `names` keeps its rule and state.
+
+    Raises UsageError for names that are not owned or not weights, a rank above a layer's inputs, options it does not
+    know, and a shared P of layers whose inputs have different sizes.
+    """
+    under = dict.fromkeys(names)
+    for option, got, known in (
+        ("form", form, ("merged", "products")),
+        ("projection", projection, ("gaussian", "haar", "coordinate")),
+        ("moments", moments, ("reset", "keep", "transform")),
+    ):
+        if got not in known:
+            raise UsageError(f"rso: {option} must be one of {known}, got {got!r}")
+    if period < 1 or not prox >= 0:
+        raise UsageError(f"rso: period must be at least 1 and prox at least 0, got {period} and {prox}")
+    if base.turns is not Optimizer._field_defaults["turns"]:
+        raise UsageError("rso: base changes between steps by itself, expected one from core.partition; wrap its rules")
+    rules: dict[tuple[Rule, bool], Rule] = {}  # one object a rule: by them kernels are compiled
+    owner, place = dict(base.owner), dict[str, str]()
+    inputs: dict[str, int] = {}
+    for name in under:
+        if name not in owner or name not in params or name.rpartition(".")[2] != "weight":
+            raise UsageError(f"rso: got the name {name!r}, expected the weight of a layer, such as 'x.weight'; drop it")
+        group, w = owner[name], params[name]
+        if w.ndim != 2 or not 1 <= rank <= w.shape[1]:
+            raise UsageError(
+                f"{name}: rso needs a matrix (out, in) with 1 <= rank <= in, got rank {rank} and shape "
+                f"{tuple(w.shape)}; lower the rank or leave this name out"
+            )
+        if moments == "transform" and group.rule.refresh:
+            raise UsageError(f"rso: moments of {group.rule.name} have a basis of their own; 'reset' or 'keep' them")
+        kind = group.rule, group.weight_decay != 0
+        owner[name] = group._replace(rule=rules.setdefault(kind, subspace(group.rule, rank, form, prox, kind[1])))
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        place[name] = f"{parent}.{'+'.join(next((own for own in share if leaf in own), (leaf,)))}"
+        if inputs.setdefault(place[name], w.shape[1]) != w.shape[1]:
+            raise UsageError(f"rso: {name} cannot share {place[name]}'s P, its input has another size; do not share it")
+
+    def bases(params: Params, step: int) -> Params:
+        drawn: Params = {}
+        for name in (name for name in params if name in under):
+            if place[name] not in drawn:
+                w, own = params[name], fold(key, place[name], step)
+                drawn[place[name]] = draw(projection, own, w.shape[1], rank, w.device).to(w.dtype)
+        return {name: drawn[place[name]] for name in params if name in under}
+
+    def init(params: Params, step: int = 0) -> State:
+        state = blank(owner, params)
+        for name, p in bases(params, step).items() if step == 0 else ():
+            state[name]["P"] = p
+        return state
+
+    def view(params: Params, state: State) -> tuple[Params, Params]:
+        trainable, frozen = Params(), Params()
+        for name, w in params.items():
+            if name not in under:
+                trainable[name] = w
+                continue
+            stem, slots = name.removesuffix("weight"), state[name]
+            frozen |= {name: w, f"{stem}P": slots["P"]}
+            b = slots["B"].detach() if form == "products" else w.detach().new_zeros(()).expand(w.shape[0], rank)
+            trainable[f"{stem}B"] = b.requires_grad_()  # always, or evaluation would be compiled apart
+        return trainable, frozen
+
+    def due(step: int) -> tuple[str, ...]:
+        now = set(base.due(step))
+        fresh = {name for name in under if owner[name].rule.refresh} if step % period == 0 else set()
+        return tuple(name for name in owner if name in now | fresh)
+
+    def turn(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+        params, state = dict(params), dict(state)
+        for name, p in bases(params, step).items():
+            w, old = params[name], state[name]
+            if form == "products":
+                seed = torch.tensor(fold(key, "merge", name, step) & 0x7FFFFFFF, dtype=torch.int32, device=w.device)
+                params[name] = add(w, old["B"] @ old["P"].float().T, seed)
+            new = owner[name].rule.init(w) | {"P": p}
+            state[name] = new if moments == "reset" else new | {k: t for k, t in old.items() if k not in ("P", "B")}
+            if moments == "transform":
+                turned = old["P"].float().T @ p.float() * (rank / len(p))
+                for slot in ("exp_avg", "momentum_buffer"):
+                    if slot in old and old[slot].shape == (w.shape[0], rank):
+                        state[name][slot] = old[slot] @ turned
+        return params, state
+
+    moves = {f"{name.removesuffix('weight')}B": name for name in under}
+    about = {"form": form, "rank": rank, "period": period, "projection": projection, "moments": moments, "prox": prox}
+    return Optimizer(
+        owner,
+        init,
+        updating(owner, moves),
+        due,
+        view=view,
+        turns=lambda step: step > 0 and step % period == 0,
+        turn=turn,
+        moves=moves,
+        batch=base.batch,
+        about={**base.about, **{f"rso.{option}": str(value) for option, value in about.items()}},
+        merge=merge if form == "products" else base.merge,
+    )
+
+
+def merge(params: Params, state: State) -> Params:
+    """The weights of the form "products" as plain ones: W + B Pᵀ, float32 rounded once. "merged" ones are plain."""
+    return params | {
+        name: add(params[name], slots["B"] @ slots["P"].float().T) for name, slots in state.items() if "P" in slots
+    }
