@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group as RenderGroup
 from rich.table import Table
 
-from optimizers.core import Optimizer, Params, State, state_bytes
+from optimizers.core import Optimizer, Params, State, part, total_bytes
 
 
 def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
@@ -18,7 +18,7 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
     owned = {name: [n for n, g in optimizer.owner.items() if g.name == name] for name in groups}
     for name, own in sorted(owned.items(), key=lambda item: -sum(params[n].numel() for n in item[1])):
         group = groups[name]
-        ranks = {state[n]["basis"].shape[-1] for n in own if "basis" in state.get(n, {})}
+        ranks = {state[n][slot].shape[-1] for n in own for slot in ("basis", "P") if slot in state.get(n, {})}
         table.add_row(
             group.rule.name,
             "\n".join(filter(None, [" ".join(group.match) or "all the rest", group.why])),
@@ -26,11 +26,11 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
             str(len({params[n].shape for n in own})),
             " ".join(map(str, sorted(ranks))) or "-",
             f"{sum(params[n].numel() for n in own):,}",
-            f"{sum(state_bytes(state[n]) for n in own if n in state) / 2**20:.1f}",
+            f"{total_bytes(part(state, own)) / 2**20:.1f}",
             f"{group.lr:g}",
             f"{group.weight_decay:g}",
         )
-    total = sum(map(state_bytes, state.values()))
+    total = total_bytes(state)
     weights = sum(p.numel() * p.element_size() for p in params.values())
     elements = sum(p.numel() for p in params.values())
     sums = (

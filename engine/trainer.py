@@ -113,17 +113,18 @@ class Trainer:
             f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in ("resume", "out")
         ]
 
-    def train(self, metrics: Metrics) -> float:
-        """Run to the last step. Raises NonFiniteError, Interrupted."""
+    def train(self, metrics: Metrics, until: int | None = None) -> float:
+        """Run to the last step, or until so many are done. Raises NonFiniteError, Interrupted."""
+        end = min(self.config.steps, until or self.config.steps)
         config, tokens, since = self.config, 0, time.monotonic()
         loss, self.say = math.nan, metrics.say
         with self._signals(), self._all_written():
-            while self.done < config.steps:
+            while self.done < end:
                 self.pending.append((self.done, self._one_step()))
                 self.done += 1
                 self.position += config.micro_batch * config.accumulation
                 tokens += config.micro_batch * config.accumulation * config.sequence
-                last = self.done == config.steps or self.signal is not None
+                last = self.done == end or self.signal is not None
                 metrics.show(self.done)
                 looking = config.inspect_every > 0 and self._due(config.inspect_every)
                 due = self._due(config.log_every, config.eval_every, config.save_every)
@@ -160,6 +161,13 @@ class Trainer:
             total += loss.double().cpu()
             count += valid.double().cpu()
         return float(total / count)
+
+    def save_now(self) -> Path:
+        """Write a checkpoint and wait for it. Raises NonFiniteError, WriteError."""
+        path = self.save()
+        if error := self.saver.wait():
+            raise error
+        return path
 
     def save(self) -> Path:
         """Begin to write a checkpoint. Every step before it is known to be finite: the loop settles first.

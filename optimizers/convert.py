@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .core import PARKED, Hyper, Optimizer, Params, Rule, Slots, State
-from .moments import complete
-from .random import Key, fold
+from .moments import UNKNOWN, complete
+from .random import Key, fold, normal
 
 
 class Row(NamedTuple):
@@ -43,28 +43,36 @@ def convert(
 def _one(name: str, p: Tensor, held: Slots, slots: Slots, old: Rule, new: Rule, key: Key) -> tuple[Slots, Row]:
     """One tensor: its new slots, and the report's row."""
     nan = float("nan")
-    if not held and slots:
-        return slots, Row(name, old.name, new.name, "reset: it was frozen", nan, nan, nan)
-    if old.name == new.name and _like(held, slots) and not new.refresh:
+    if old.name == new.name and _like(held, slots) and not new.refresh and "P" not in slots:
         return dict(held), Row(name, old.name, new.name, "kept", 1.0, 1.0, 1.0)
-    moments = complete(old.export(held, p)) if old.export else None
-    if moments is None or moments.first is None or new.adopt is None:
-        return slots, Row(name, old.name, new.name, "reset: nothing was learned yet", nan, nan, nan)
+    moments = complete(old.export(held, p)) if held and old.export else UNKNOWN
+    if moments.first is None or new.adopt is None:
+        if new.refresh:  # a basis like any other, until its own turn comes: coordinates would be worse
+            slots, _ = new.refresh(_seen(normal(key, tuple(p.shape), p.device), slots), slots, key)
+        why = "nothing was learned yet" if held else "it was frozen"
+        return slots, Row(name, old.name, new.name, f"reset: {why}", nan, nan, nan)
     made, did = new.adopt(moments, slots, p, key)
-    after = complete(new.export(made, p)) if new.export else None
+    after = complete(new.export(made, p)) if new.export else UNKNOWN
     first = second = nan
-    if after is not None and after.first is not None and after.second is not None and moments.second is not None:
+    if after.first is not None and after.second is not None and moments.second is not None:
         first = float(after.first.square().sum() / moments.first.square().sum())
         second = float(after.second.sum() / moments.second.sum())
     sizes = [_update(rule, s, moments.first, p) for rule, s in ((old, held), (new, made))]
     return made, Row(name, old.name, new.name, did, first, second, sizes[1] / sizes[0] if sizes[0] else nan)
 
 
+def _seen(g: Tensor, slots: Slots) -> Tensor:
+    """What a rule is given of a gradient: all of it, or, in a random subspace, G P."""
+    return g @ slots["P"].float() if "P" in slots else g
+
+
 def _update(rule: Rule, slots: Slots, g: Tensor, p: Tensor) -> float:
     """RMS of the update that a gradient equal to the first moment brings, at learning rate 1 and without decay."""
     hyper: Hyper = {key: torch.tensor(value, device=p.device) for key, value in (("lr", 1.0), ("weight_decay", 0.0))}
-    delta, _ = rule.update(g, slots, p, hyper)
-    return float("nan") if delta is None else float(delta.float().square().mean().sqrt())
+    delta, new = rule.update(_seen(g, slots), slots, p, hyper)
+    if delta is None:
+        delta = (new["B"] - slots["B"]) @ slots["P"].float().T
+    return float(delta.float().square().mean().sqrt())
 
 
 def _like(a: Slots, b: Slots) -> bool:

@@ -238,3 +238,8 @@ def tick(slots: Slots, betas: tuple[float, float]) -> tuple[Slots, Tensor, Tenso
 def state_bytes(slots: Slots) -> int:
     """Bytes of one tensor's slots, scalars included."""
     return sum(t.numel() * t.element_size() for t in slots.values())
+
+
+def total_bytes(state: State) -> int:
+    """Bytes of a whole state; a tensor that several parameters share counts once."""
+    return state_bytes({str(id(t)): t for slots in state.values() for t in slots.values()})

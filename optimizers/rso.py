@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .core import Hyper, Optimizer, Params, Rule, Slots, State, UsageError, add, blank, updating
+from .moments import Moments
 from .random import Key, fold, normal, permutation
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
@@ -65,8 +66,7 @@ def subspace(inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, de
         return {"P": p.new_zeros(p.shape[1], rank), **({"B": b} if holds else {}), **inner.init(b)}
 
     def split(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        own = {name: slot for name, slot in slots.items() if name not in ("P", "B")}
-        return (g.float() + prox * slots["B"] if prox else g), own
+        return (g.float() + prox * slots["B"] if prox else g), _inside(slots)
 
     def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
         assert inner.refresh is not None
@@ -85,7 +85,38 @@ def subspace(inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, de
             delta = shrink if delta is None else delta + shrink
         return delta, new
 
-    return Rule(f"rso {inner.name}", init, update, refresh if inner.refresh else None, inner.gap, inner.offset)
+    def export(slots: Slots, p: Tensor) -> Moments:
+        assert inner.export is not None
+        first, second, seen = inner.export(_inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32))
+        basis = slots["P"].float()
+        if first is not None:  # the least G with G P = M
+            first = torch.linalg.solve(basis.T @ basis, first.T).T @ basis.T
+        if second is not None:  # E (G P)² = E G² P²: of a row its mean is known, no more
+            second = (second.mean(-1, keepdim=True) * (rank / p.shape[1])).expand(p.shape).contiguous()
+        return Moments(first, second, seen)
+
+    def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
+        assert inner.adopt is not None and moments.first is not None and moments.second is not None
+        basis = slots["P"].float()
+        given = Moments(moments.first @ basis, moments.second @ basis.square(), moments.seen)
+        new, did = inner.adopt(given, _inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32), key)
+        return slots | new, f"into a random subspace, {did}"
+
+    return Rule(
+        f"rso {inner.name}",
+        init,
+        update,
+        refresh if inner.refresh else None,
+        inner.gap,
+        inner.offset,
+        export if inner.export else None,
+        adopt if inner.adopt else None,
+    )
+
+
+def _inside(slots: Slots) -> Slots:
+    """The inner rule's."""
+    return {name: slot for name, slot in slots.items() if name not in ("P", "B")}
 
 
 def rso(
@@ -153,8 +184,8 @@ def rso(
         return {name: drawn[place[name]] for name in params if name in under}
 
     def init(params: Params, step: int = 0) -> State:
-        state = blank(owner, params)
-        for name, p in bases(params, step).items() if step == 0 else ():
+        state, last = blank(owner, params), max(step - 1, 0)
+        for name, p in bases(params, last - last % period).items():
             state[name]["P"] = p
         return state
 

@@ -5,7 +5,6 @@ python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corp
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +18,8 @@ from optimizers.omgd import omgd
 from optimizers.sgd import sgd
 from optimizers.traversal import duration, layers, traversal
 
-from .common import MATRICES, Setup, TrainConfig, groups_for, main, train
+from .common import main, train
+from .config import MATRICES, Setup, TrainConfig, groups_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,19 @@ class Baseline(TrainConfig):
     period: str = "20step"
     """lisa: how long they are held, such as 20step or 1epoch. State of layers that leave is freed; its authors' code
     keeps it, as does: python -m recipes.omgd pretrain --replacement --state-policy keep."""
+
+    recipe = "baseline"
+
+    def groups(self, params: Params) -> list[Group]:
+        return groups(self, params)
+
+    def optimizer_for(self, setup: Setup) -> Optimizer:
+        base = super().optimizer_for(setup)
+        if self.optimizer != "lisa":
+            return base
+        period = duration(self.period, setup.epoch)
+        drawn = traversal(layers(setup.params), setup.key, active=self.active, period=period, replacement=True)
+        return omgd(base, setup.params, drawn, "none")
 
     def check(self) -> None:
         super().check()
@@ -89,21 +102,8 @@ def every_group(config: Baseline) -> list[Group]:
             return groups_for(config, rule, why, config.match)
 
 
-def wrap(config: Baseline) -> Callable[[Optimizer, Setup], Optimizer]:
-    """LISA's masks, where asked for."""
-
-    def wrapped(base: Optimizer, setup: Setup) -> Optimizer:
-        if config.optimizer != "lisa":
-            return base
-        period = duration(config.period, setup.epoch)
-        drawn = traversal(layers(setup.params), setup.key, active=config.active, period=period, replacement=True)
-        return omgd(base, setup.params, drawn, "none")
-
-    return wrapped
-
-
 if __name__ == "__main__":
     main(
         lambda: tyro.cli(Baseline, description=__doc__),
-        lambda config: train(config, "baseline", lambda params: groups(config, params), wrap(config)),
+        train,
     )

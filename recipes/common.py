@@ -3,16 +3,17 @@
 Exit codes: 0 done, 1 failure, 2 bad arguments, 4 non-finite loss, 5 incompatible checkpoint, 130 interrupted and saved.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -21,124 +22,43 @@ from torch import Tensor
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.compile import can_compile
-from engine.config import RunConfig
 from engine.data import Batches, Tokens, tokenizer_of
 from engine.memory import peak_bytes
 from engine.metrics import Metrics
+from engine.plan import Built, cast, plan
 from engine.receipt import receipt
 from engine.segments import cut
 from engine.shards import Request, cached
 from engine.step import Step
+from engine.tokenizer import load_tokenizer
 from engine.trainer import Interrupted, NonFiniteError, Trainer
-from models.llama import PRESETS, Llama, LlamaConfig
+from models.llama import PRESETS, Llama
 from models.sampling import generate
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Params, Rule, UsageError, partition, state_bytes
-from optimizers.random import Key, fold
+from optimizers.core import UsageError, total_bytes
+from optimizers.random import fold
 from tools.generate import TOKENIZER
+from tools.plan import Planned, answer
 from tools.plot import loss_curve
 from tools.prepare import Bar
 
-MATRICES = r"layers\.\d+\..*_proj\.weight$"  # attention and MLP; embedding, norms and head go to AdamW
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes that differ from the preset's."""
-
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    tie_word_embeddings: bool | None = None
-    """Share one matrix between embedding and head."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunConfig):
-    """Flags of every recipe that trains a LLaMA."""
-
-    model: Literal["demo", "60m", "130m", "350m", "1b", "7b"] = "demo"
-    """Size of the LLaMA: GaLore's configurations, and a demo of about 3 M parameters."""
-    size: Size = field(default_factory=Size)
-    """Sizes by hand, over the preset's."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    rest_lr: float | None = None
-    """Peak learning rate of the AdamW that trains embedding, norms and head; by default `lr`."""
-    weight_decay: float = 0.0
-    """Decoupled decay of matrices; norms are never decayed."""
-    stagger: bool = True
-    """Rebuild subspace bases a few tensors a step, not all on the same step."""
-    prompt: str = "def "
-    """What the sample at the end of the run goes on from."""
-    dry_run: bool = False
-    """Print who trains what, and stop."""
-
-    def check(self) -> None:
-        super().check()
-        self.at_least("lr", 0)
-        if not self.lr < 3e38:
-            raise UsageError(f"--lr must be a float32, got {self.lr}")
-        self.at_least("weight_decay", 0)
-
-    def shape(self, vocab_size: int) -> LlamaConfig:
-        """The model's configuration. Raises UsageError where sizes do not go together."""
-        given = {k: v for k, v in dataclasses.asdict(self.size).items() if v is not None}
-        if "num_attention_heads" in given:  # a preset's grouping means nothing for another number of heads
-            given.setdefault("num_key_value_heads", None)
-        preset = PRESETS[self.model]
-        positions = max(preset.max_position_embeddings, self.sequence)
-        try:
-            return dataclasses.replace(preset, vocab_size=vocab_size, max_position_embeddings=positions, **given)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-
+from .config import Setup, TrainConfig
+from .swap import go_on, report, source
 
 Config = TypeVar("Config")
 
 
-def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str] = (MATRICES,)) -> list[Group]:
-    """`rule` on the matrices that match; AdamW on the rest, at a rate of its own where asked."""
-    rest = config.lr if config.rest_lr is None else config.rest_lr
-    if rule.name == "adamw" and config.rest_lr is None:
-        return [
-            Group("adamw-norms", rule, ("norm",), config.lr, 0.0, "norms: never decayed"),
-            Group("adamw", rule, ("",), config.lr, config.weight_decay, why),
-        ]
-    return [
-        Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why),
-        Group("adamw-norms", adamw(), ("norm",), rest, 0.0, "norms: vectors, never decayed"),
-        Group("adamw-rest", adamw(), ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
-    ]
+def train(config: TrainConfig) -> Path:
+    """One run from start to picture and sample; returns its folder.
 
-
-class Setup(NamedTuple):
-    """What an optimizer that wraps another may depend on."""
-
-    model: Llama
-    params: Params
-    epoch: int  # steps in one pass over the data, the last one filled up
-    key: Key
-
-
-def train(
-    config: TrainConfig,
-    recipe: str,
-    groups: Callable[[Params], list[Group]],
-    wrap: Callable[[Optimizer, Setup], Optimizer] = lambda optimizer, setup: optimizer,
-    align: bool = False,
-) -> None:
-    """One run from start to picture and sample. Raises UsageError, CheckpointError, NonFiniteError, Interrupted.
-
-    `groups` says who trains what, `wrap` makes an optimizer of that optimizer; with `align`, epochs are whole steps.
+    Raises UsageError, CheckpointError, NonFiniteError, Interrupted.
     """
     config.check()
+    if config.plan:
+        raise _planned(config)
     watched = sys.stdout.isatty()  # what is printed are paths, patterns and samples: nothing in them is markup
     console = Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
     device = _device(config.device)
-    out, saved = _place(config, recipe, console)
+    out, saved = _place(config, console)
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")
         config = dataclasses.replace(config, compile="off")
@@ -148,7 +68,7 @@ def train(
         folder = cached(Path("runs/.data"), Request(config.data, config.validation, config.tokenizer), bar)
     tokens, held_out, tokenizer = Tokens(folder), Tokens(folder, "validation"), tokenizer_of(folder)
     size = config.micro_batch * config.accumulation
-    batches = Batches(tokens, config.sequence, fold(config.seed, "data"), size if align else 1)
+    batches = Batches(tokens, config.sequence, fold(config.seed, "data"), size if config.align else 1)
     validation = Batches(held_out, config.sequence)
 
     shape = config.shape(tokenizer.vocab_size)
@@ -158,7 +78,7 @@ def train(
     params: dict[str, Tensor] = dict(model.named_parameters())
     key = fold(config.seed, "optimizer")
     setup = Setup(model, params, -(-batches.windows // size), key)
-    optimizer = wrap(partition(params, groups(params), config.stagger), setup)
+    optimizer = config.optimizer_for(setup)
     state = optimizer.init(params)
     step = Step(
         cut(model),
@@ -183,10 +103,16 @@ def train(
         f"{config.steps * size / batches.windows:.2f} epochs",
     )
     if config.dry_run:
-        return
+        return out
     config = dataclasses.replace(config, out=out)
     trainer = Trainer(config, step, batches, validation, out, shape.to_hf())
-    changed = trainer.resume(checkpoint.load(saved)) if saved else []  # before anything of the run is overwritten
+    changed: list[str] = []
+    if saved:  # before anything of the run is overwritten
+        whole = checkpoint.load(saved)
+        theirs = source(whole, setup) if config.swap != "never" else None
+        changed = trainer.resume(whole, theirs)
+        if theirs:
+            console.print(report(trainer.converted))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -194,20 +120,60 @@ def train(
     for file in tokenizer.files:  # a run can be read wherever it lies
         (out / TOKENIZER).mkdir(exist_ok=True)
         shutil.copy2(file, out / TOKENIZER)
-    (out / "config.json").write_text(json.dumps({"recipe": recipe, **config.plain()}, indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n")
     console.print(f"config: {json.dumps(config.plain())}", style="dim")
     if saved:
         differs = f"; changed: {', '.join(changed)}" if changed else ""
         console.print(f"resuming {saved} at step {trainer.done}{differs}")
+    until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
+    if trainer.converted:
+        path = trainer.save_now()
+        (out / "swap.json").write_text(json.dumps([row._asdict() for row in trainer.converted], indent=1) + "\n")
+        console.print(f"converted    {path}, {out / 'swap.json'}")
+        if config.swap == "only":
+            return out
     with Metrics(out, trainer.done, config.steps, console) as metrics:
-        loss = trainer.train(metrics)
+        loss = trainer.train(metrics, until)
+    if config.swap_at and until < config.steps:
+        go_on(config, out / f"step-{until:08d}")
     _finish(config, trainer, metrics, loss, console)
     prompt = tokenizer.encode(config.prompt) or [tokenizer.eos]
     limit = min(200, shape.max_position_embeddings - len(prompt))
+    for name, p in optimizer.merge(params, step.state).items():
+        params[name].data.copy_(p)
     sample = generate(model.eval(), prompt, limit, temperature=0.8, top_k=50, seed=config.seed, eos=tokenizer.eos)
     console.rule("a sample")
     console.print(tokenizer.decode([*prompt, *sample]))
     console.rule()
+    return out
+
+
+def _planned(
+    config: TrainConfig,
+    vocabulary: int = 0,
+    epoch: int = 1000,
+    device: str = "",
+    steps: Sequence[int] = (),
+) -> Planned:
+    """The memory of this run, predicted. `epoch`, steps in a pass over the data, only matters to what turns."""
+    vocabulary = vocabulary or json.loads(config.plan or "{}").get("vocabulary", 0)
+    if not vocabulary:
+        byte = config.tokenizer == "byte"
+        vocabulary = PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer).vocab_size
+    device = device or (config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+    def build() -> Built:
+        model = Llama(config.shape(vocabulary), seed=config.seed)
+        if config.precision.startswith("bf16"):
+            cast(model, torch.bfloat16)
+        params: dict[str, Tensor] = dict(model.named_parameters())
+        setup = Setup(model, params, epoch, fold(config.seed, "optimizer"))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
+            optimizer = config.optimizer_for(setup)
+        return Built(cut(model), params, optimizer)
+
+    kind = device.partition(":")[0]
+    return Planned(plan(build, config, kind, steps), kind)
 
 
 def _device(name: str) -> torch.device:
@@ -221,7 +187,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _place(config: TrainConfig, recipe: str, console: Console) -> tuple[Path, Path | None]:
+def _place(config: TrainConfig, console: Console) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint to continue from. Raises UsageError, CheckpointError."""
     if config.resume not in ("never", "auto"):
         path = Path(config.resume)
@@ -232,7 +198,7 @@ def _place(config: TrainConfig, recipe: str, console: Console) -> tuple[Path, Pa
             path = found.path
         return config.out or path.parent, path
     if config.out is None:
-        stem = Path("runs") / "-".join(filter(None, [recipe, getattr(config, "optimizer", ""), config.model]))
+        stem = Path("runs") / "-".join(filter(None, [config.recipe, getattr(config, "optimizer", ""), config.model]))
         tried = (stem if i == 1 else stem.with_name(f"{stem.name}-{i}") for i in range(1, 10_000))
         return next(p for p in tried if not p.exists()) if config.resume == "never" else stem, (
             _newest(stem, console) if config.resume == "auto" else None
@@ -266,7 +232,7 @@ def _finish(config: TrainConfig, trainer: Trainer, metrics: Metrics, loss: float
         "tokens": trainer.position * config.sequence,
         "eval/loss": loss,
         "curve": points,
-        "state_bytes": sum(map(state_bytes, trainer.step.state.values())),
+        "state_bytes": total_bytes(trainer.step.state),
         "peak_bytes": peak_bytes(trainer.step.device),
         "seconds_per_step": tokens / median(rates) if rates else None,
     }
@@ -287,10 +253,13 @@ def command(name: str) -> str:
     return str(folder.relative_to(here) / "bin" / name) if folder.is_relative_to(here) else name
 
 
-def main(parse: Callable[[], Config], run: Callable[[Config], None]) -> None:
+def main(parse: Callable[[], Config], run: Callable[[Config], object]) -> None:
     """Parse flags, run, and turn what can go wrong into one line and an exit code."""
     try:
-        run(parse())
+        config = parse()
+        if getattr(config, "plan", ""):
+            raise SystemExit(answer(config, run))
+        run(config)
     except UsageError as error:
         code, line = 2, f"error: {error}"
     except NonFiniteError as error:

@@ -36,9 +36,9 @@ def demo(config: Demo) -> None:
     theirs = baseline.Baseline(lr=1.5e-3, out=out / "adamw", **common)
     console = Console(soft_wrap=True)
     console.rule("1 of 2: SNSM")
-    train(ours, "snsm", lambda params: snsm.groups(ours, params))
+    train(ours)
     console.rule("2 of 2: AdamW")
-    train(theirs, "baseline", lambda params: baseline.groups(theirs, params))
+    train(theirs)
 
     table = Table(title=f"{config.steps} steps on the same data", title_justify="left")
     for column in ("", "held-out loss, nats per byte", "optimizer state, MB", "s/step"):

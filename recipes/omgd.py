@@ -11,7 +11,6 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -33,7 +32,8 @@ from optimizers.traversal import Traversal, coordinates, describe, duration, giv
 from tools.plot import COLOURS, FAINT, INK
 
 from . import baseline, snsm
-from .common import MATRICES, Setup, TrainConfig, groups_for, main, train
+from .common import main, train
+from .config import MATRICES, Setup, TrainConfig, groups_for
 
 GIB = 2**30
 
@@ -82,6 +82,33 @@ class Pretrain(TrainConfig):
     @property
     def optimizer(self) -> str:
         return f"over-{self.over}"
+
+    recipe = "omgd"
+    align = True
+
+    def groups(self, params: Params) -> list[Group]:
+        return groups(self, params)
+
+    def optimizer_for(self, setup: Setup) -> Optimizer:
+        """The masked optimizer, and on the way what the schedule means for this run."""
+        made = schedule(self, setup.params, setup.epoch, setup.key)
+        mode = self.scale_mode or ("none" if self.replacement else "grad")
+        optimizer = omgd(super().optimizer_for(setup), setup.params, made, mode, self.state_policy)
+        now = describe(optimizer.about, setup.params, made.warmup)
+        masks = "a mask drawn anew each time" if made.replacement else f"{made.masks} masks a cycle, each"
+        print(
+            f"{len(made.groups.labels)} {made.groups.kind} to choose from, {masks} held for {made.period:,} steps; "
+            f"{now['trainable']:.0%} of all parameters train under the first"
+        )
+        if lost := gives_up(made, setup.epoch):
+            print(f"warning: {lost}", file=sys.stderr)
+        if not made.replacement and (left := (self.steps - made.warmup) % made.length):
+            print(
+                f"warning: the run ends {left:,} steps into a cycle of {made.length:,}: not everything trains equally "
+                "long",
+                file=sys.stderr,
+            )
+        return optimizer
 
     def check(self) -> None:
         super().check()
@@ -134,32 +161,6 @@ def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Traversa
         replacement=config.replacement,
         mask_warmup=duration(config.mask_warmup, epoch),
     )
-
-
-def wrap(config: Pretrain) -> Callable[[Optimizer, Setup], Optimizer]:
-    """The masked optimizer, and on the way what the schedule means for this run."""
-
-    def wrapped(base: Optimizer, setup: Setup) -> Optimizer:
-        made = schedule(config, setup.params, setup.epoch, setup.key)
-        mode = config.scale_mode or ("none" if config.replacement else "grad")
-        optimizer = omgd(base, setup.params, made, mode, config.state_policy)
-        now = describe(optimizer.about, setup.params, made.warmup)
-        masks = "a mask drawn anew each time" if made.replacement else f"{made.masks} masks a cycle, each"
-        print(
-            f"{len(made.groups.labels)} {made.groups.kind} to choose from, {masks} held for {made.period:,} steps; "
-            f"{now['trainable']:.0%} of all parameters train under the first"
-        )
-        if lost := gives_up(made, setup.epoch):
-            print(f"warning: {lost}", file=sys.stderr)
-        if not made.replacement and (left := (config.steps - made.warmup) % made.length):
-            print(
-                f"warning: the run ends {left:,} steps into a cycle of {made.length:,}: not everything trains equally "
-                "long",
-                file=sys.stderr,
-            )
-        return optimizer
-
-    return wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,7 +412,7 @@ def run(config: Toy | Pretrain | Memory) -> None:
     elif isinstance(config, Memory):
         show_memory(config)
     else:
-        train(config, "omgd", lambda params: groups(config, params), wrap(config), align=True)
+        train(config)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ from optimizers.snsm import snsm
 from optimizers.sumo import sumo
 from tools.plot import COLOURS, FAINT, INK, spread
 
-from .common import MATRICES, Setup, TrainConfig, main, train
+from .common import main, train
+from .config import MATRICES, Setup, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,20 @@ class Rso(TrainConfig):
     """snsm, galore, sumo: dimension of their own subspace, of B."""
     update_proj_gap: int = 50
     """snsm, galore, sumo: steps between two bases of that; each new P brings one too."""
+
+    recipe = "rso"
+
+    def groups(self, params: Params) -> list[Group]:
+        return groups(self)
+
+    def optimizer_for(self, setup: Setup) -> Optimizer:
+        """RSO over the groups' rules, and slots for P and B in the model."""
+        names = [name for name in setup.params if re.search(MATRICES, name)]
+        base, share = super().optimizer_for(setup), SHARED if self.share else ()
+        subspaces = self.rank, self.period, setup.key, self.form, self.projection, share, self.moments, self.prox
+        wrapped = rso(base, setup.params, names, *subspaces)
+        attach(setup.model, names, self.rank, self.form)
+        return wrapped
 
     def check(self) -> None:
         super().check()
@@ -105,26 +120,6 @@ def groups(config: Rso) -> list[Group]:
         Group("adamw-norms", adamw(), ("norm",), rest, 0.0, "norms: vectors, never decayed"),
         Group("adamw-rest", adamw(), ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
     ]
-
-
-def wrap(config: Rso, optimizer: Optimizer, setup: Setup) -> Optimizer:
-    """RSO over `optimizer`, and slots for P and B in the model."""
-    names = [name for name in setup.params if re.search(MATRICES, name)]
-    wrapped = rso(
-        optimizer,
-        setup.params,
-        names,
-        config.rank,
-        config.period,
-        setup.key,
-        config.form,
-        config.projection,
-        SHARED if config.share else (),
-        config.moments,
-        config.prox,
-    )
-    attach(setup.model, names, config.rank, config.form)
-    return wrapped
 
 
 def paper(model: Literal["60m", "130m", "350m", "1b", "7b"], rank: int, steps: int, period: int = 200) -> Rso:
@@ -303,7 +298,7 @@ def run(config: Rso | Toy) -> None:
     if isinstance(config, Toy):
         toy(config)
     else:
-        train(config, "rso", lambda params: groups(config), lambda optimizer, setup: wrap(config, optimizer, setup))
+        train(config)
 
 
 if __name__ == "__main__":

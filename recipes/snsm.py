@@ -18,7 +18,8 @@ from optimizers import snsm
 from optimizers.adamw import adamw
 from optimizers.core import Group, Params, Rule, UsageError
 
-from .common import MATRICES, TrainConfig, main, train
+from .common import main, train
+from .config import MATRICES, TrainConfig
 
 LINEAR = (MATRICES, r"lm_head\.weight$")  # every Linear weight, the head among them, as the authors do
 
@@ -43,6 +44,11 @@ class Snsm(TrainConfig):
     """Let bias correction also multiply the part of the gradient outside the subspace, as the authors do."""
     head: bool = True
     """Train the head with the method too, as the authors do; else with AdamW."""
+
+    recipe = "snsm"
+
+    def groups(self, params: Params) -> list[Group]:
+        return groups(self, params)
 
     def check(self) -> None:
         super().check()
@@ -114,5 +120,5 @@ PRESETS = {
 if __name__ == "__main__":
     main(
         lambda: tyro.extras.overridable_config_cli(PRESETS, description=__doc__),
-        lambda config: train(config, "snsm", lambda params: groups(config, params)),
+        train,
     )

@@ -10,7 +10,7 @@ the gap in which 250 is best. It gives no learning rate, momentum or scale: thos
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import tyro
@@ -20,7 +20,8 @@ from optimizers import sumo
 from optimizers.core import Group, Params, Rule, UsageError
 
 from . import condition
-from .common import TrainConfig, groups_for, main, train
+from .common import main, train
+from .config import TrainConfig, groups_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,10 @@ class Sumo(TrainConfig):
     orthogonalize: Literal["auto", "svd", "lq", "gram", "polar_express", "newton_schulz"] = "auto"
     """How the polar factor is computed; newton_schulz is Muon's inexact iteration."""
 
-    optimizer = "sumo"
+    recipe = "sumo"
+
+    def groups(self, params: Params) -> list[Group]:
+        return groups_for(self, rule(self), "matrices of attention and MLP")
 
     def check(self) -> None:
         super().check()
@@ -60,6 +64,12 @@ class Sumo(TrainConfig):
 class Condition(Sumo):
     every: int = 20
     """Steps between two measurements, each a checkpoint with the moments in it."""
+
+    recipe = "sumo-condition"
+
+    def groups(self, params: Params) -> list[Group]:
+        watched = condition.watched(rule(self), self.beta)
+        return groups_for(self, watched, "matrices of attention and MLP")
 
 
 def rule(config: Sumo) -> Rule:
@@ -80,18 +90,18 @@ def rule(config: Sumo) -> Rule:
     )
 
 
-def groups(config: Sumo, params: Params) -> list[Group]:
-    """SUMO on the matrices of attention and MLP; AdamW on the rest, at a rate of its own."""
-    chosen = rule(config)
-    if isinstance(config, Condition):
-        chosen = condition.watched(chosen, config.beta)
-    return groups_for(config, chosen, "matrices of attention and MLP")
-
-
 def run(config: Sumo) -> None:
     """Train; for `condition`, then measure every checkpoint."""
-    watch = isinstance(config, Condition)
-    train(config, "sumo-condition" if watch else "sumo", lambda params: groups(config, params))
+    if not isinstance(config, Condition):
+        train(config)
+        return
+    out = train(replace(config, save_every=config.every, keep_every=config.every, save_async="off"))
+    found = condition.samples(out)
+    (out / "condition.json").write_text(json.dumps(condition.plain(found)) + "\n")
+    console = Console(soft_wrap=True)
+    console.print(condition.summary(found))
+    picture = condition.draw(found, out / "condition.png")
+    console.print(f"{picture}  {out / 'condition.json'}", highlight=False)
 
 
 def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int) -> Sumo:

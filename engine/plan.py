@@ -1,0 +1,264 @@
+"""The memory of a training run, known before any of it is allocated: the engine's own step, run on fake tensors.
+
+Weights, optimizer state and step are built as for training, without memory, and a `Tally` counts what would be alive
+when. Nothing here repeats what the step, an optimizer or a model does, so nothing has to be kept equal to them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optimizers.core import Optimizer, Params, Rule, Slots, State
+from optimizers.random import Key
+
+from . import graph
+from .config import RunConfig
+from .fused import fused, fused_whole
+from .kernel import Kernel
+from .segments import Batch, Segment
+from .step import Step
+from .tally import Peak, Tally
+
+CONTEXT = 500 * 2**20  # what a CUDA context and its libraries take beside tensors; an assumption, it differs by device
+LAYERS = 2**12  # more things than masks choose among, fewer than a tensor has entries
+SIMULATED = 3  # micro-batches that are really run; each one more adds the same
+SLOTS = {
+    "exp_avg": "first moments",
+    "momentum_buffer": "first moments",
+    "exp_avg_sq": "second moments",
+    "basis": "bases",
+    "P": "bases",
+    "B": "subspace weights",
+    "index": "indices and masks",
+    "mask": "indices and masks",
+    "signs": "indices and masks",
+}
+WEIGHTS, STATE = "weights", "optimizer state: "
+
+
+class Built(NamedTuple):
+    """What a recipe trains, built on fake tensors."""
+
+    segments: Sequence[Segment]
+    params: Params
+    optimizer: Optimizer
+
+
+class Plan(NamedTuple):
+    """Predicted bytes: the peak, the moment it is reached at, and by kind what is alive then.
+
+    `moments` holds the peak of every moment; `state` and `weights` what is there all the time, before the first step.
+    """
+
+    bytes: int
+    moment: str
+    kinds: dict[str, int]
+    moments: dict[str, int]
+    weights: int
+    state: int
+
+
+def plan(build: Callable[[], Built], config: RunConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
+    """The most that a run of `config` holds in tensors at `steps`; without any, at the first one, which builds all
+    bases, and the first that turns.
+
+    `build` is called under a FakeTensorMode. For "cuda", storages are rounded up to 512 bytes and `CONTEXT` is added;
+    library calls are taken to need the workspace that they need on the CPU. Raises what `build` and the step raise.
+    """
+    count = config.accumulation
+    counts = [count] if count <= SIMULATED else [SIMULATED - 1, SIMULATED]
+    found, state = _simulated(build, config, device, steps, counts)
+    peaks = found[-1]
+    if count > SIMULATED:
+        peaks = {m: _grown(found[0].get(m, Peak(0, {})), p, count - SIMULATED) for m, p in peaks.items()}
+    moment = max(peaks, key=lambda m: peaks[m].bytes)
+    kinds = {kind: n for kind, n in peaks[moment].kinds.items() if n}
+    context = {"CUDA context (assumed)": CONTEXT} if device == "cuda" else {}
+    moments = {m: p.bytes + sum(context.values()) for m, p in peaks.items()}
+    return Plan(moments[moment], moment, kinds | context, moments, kinds[WEIGHTS], state)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """What `model.to(dtype)` does to parameters; that refuses fake tensors which anybody refers to."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(p.to(dtype)))
+
+
+def _grown(few: Peak, more: Peak, times: int) -> Peak:
+    """The peak of a moment with `times` micro-batches more, each of which adds what the last one added."""
+    kinds = {kind: n + times * (n - few.kinds.get(kind, 0)) for kind, n in more.kinds.items()}
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _simulated(
+    build: Callable[[], Built], config: RunConfig, device: str, steps: Sequence[int], counts: Sequence[int]
+) -> tuple[list[dict[str, Peak]], int]:
+    """Peaks by moment of `steps` with each of these numbers of micro-batches; and the bytes of the fresh state."""
+    cuda = device == "cuda"
+    tally = Tally((lambda n: -(-n // 512) * 512) if cuda else (lambda n: n))
+    with FakeTensorMode(allow_non_fake_inputs=True), _Drawn(), _one_graph(tally):  # type: ignore[no-untyped-call]
+        segments, params, optimizer = build()
+        state = optimizer.init(params)
+        own = {id(t): (kind, t) for kind, t in _slots(state)}
+        tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
+        for kind, t in own.values():
+            tally.adopt(kind, [t])
+        step = Step(
+            segments,
+            params,
+            _watched(optimizer, tally),
+            state,
+            mode="step" if config.compile == "step" else "off",
+            recompute=config.recompute,
+            clip=config.clip,
+            clip_norm=config.clip_norm,
+            compute_dtype=torch.bfloat16 if config.precision == "mixed" else None,
+            stochastic_rounding=config.precision == "bf16-sr",
+            logits=2**26 if cuda else 2**24,
+            key=Key(config.seed),
+        )
+        _watch(step, tally, config.compile == "segments")
+        groups = {group.name for group in optimizer.owner.values()}
+        hypers = {name: {key: torch.zeros(()) for key in ("lr", "weight_decay")} for name in groups}
+        shape = config.micro_batch, config.sequence
+        found = []
+        for count in counts:
+            batches = [
+                {k: torch.zeros(shape, dtype=torch.int64) for k in ("input_ids", "targets")} for _ in range(count)
+            ]
+            tally.adopt("batch", (t for batch in batches for t in batch.values()))
+            before = tally.events()
+            for i in steps or _telling(optimizer, config.steps):
+                with tally, tally.doing("turn", "turn workspace"):
+                    step.turn(i)
+                    for kind, t in _slots(step.state):
+                        tally.name(kind, [t])
+                if config.compile == "step":  # compiles
+                    step(batches, hypers, i)
+                with tally:
+                    step(batches, hypers, i)
+            found.append(tally.peaks(before))
+            del batches
+    return found, sum(t.untyped_storage().nbytes() for _, t in own.values())
+
+
+class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Short permutations are drawn for real: what trains when is decided by them."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Dynamo runs under it."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.randperm.generator and args[0] <= LAYERS:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def _telling(optimizer: Optimizer, total: int) -> list[int]:
+    """The first step, which does all that any step does but turn, and the first that turns."""
+    return [0, *[i for i in range(1, min(total, 100_000)) if optimizer.turns(i)][:1]]
+
+
+def _slots(state: State) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the state with its kind."""
+    for slots in state.values():
+        for name, t in slots.items():
+            yield STATE + ("scalars" if t.numel() <= 2 else SLOTS.get(name, name)), t
+
+
+def _watched(optimizer: Optimizer, tally: Tally) -> Optimizer:
+    """The optimizer, its refreshes counted as such."""
+    rules: dict[Rule, Rule] = {}
+
+    def watched(rule: Rule) -> Rule:
+        rebuild = rule.refresh
+        if rebuild is None:
+            return rule
+
+        def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
+            with tally.doing("refresh", "refresh workspace"):
+                return rebuild(g, slots, key)
+
+        return rules.setdefault(rule, rule._replace(refresh=refresh))
+
+    return optimizer._replace(owner={n: g._replace(rule=watched(g.rule)) for n, g in optimizer.owner.items()})
+
+
+def _watch(step: Step, tally: Tally, compiled: bool) -> None:
+    """Have the parts of a step say what they are doing, and what becomes of the tensors they return."""
+    chain = step.chain
+    forward, backward, head, kernel = chain.forward, chain.backward, chain.head, step.kernel
+    labels = [s.kind if s.kind != "block" else f"block {i - 1}" for i, s in enumerate(chain.segments)]
+    if compiled:
+        templates = {s.kind: s.module for s in reversed(chain.segments)}
+        for kind, module in templates.items():
+            chain.forwards[kind] = fused(chain.forwards[kind], tally, dict(module.named_buffers()))
+
+    def watched_forward(i: int, params: Params, x: Tensor | None, batch: Batch) -> Tensor:
+        moment, mark = f"forward of {labels[i]}", tally.mark()
+        if step.recompute and torch.is_grad_enabled():
+            moment = f"backward of {labels[i]}"
+        with tally.doing(moment, "workspace"):
+            out = forward(i, params, x, batch)
+        tally.name_since(mark, "activations")
+        tally.name("residual stream", [out])
+        return out
+
+    def watched_backward(
+        i: int, params: Params, out: Tensor, x: Tensor | None, g: Tensor
+    ) -> tuple[Tensor | None, Params]:
+        with tally.doing(f"backward of {labels[i]}", "workspace"):
+            gx, grads = backward(i, params, out, x, g)
+        tally.name("residual stream", [gx])
+        tally.name("gradients", grads.values())
+        return gx, grads
+
+    def watched_head(
+        params: Params, x: Tensor | None, batch: Batch, scale: Tensor
+    ) -> tuple[Tensor, Tensor | None, Params]:
+        with tally.doing("head", "workspace"):
+            loss, gx, grads = head(params, x, batch, scale)
+        tally.name("residual stream", [gx])
+        tally.name("gradients", grads.values())
+        return loss, gx, grads
+
+    kernels: dict[int, Kernel] = {}
+
+    def watched_kernel(names: tuple[str, ...]) -> Kernel:
+        plain = kernel(names)
+        run = kernels.setdefault(id(plain), fused(plain, tally) if compiled else plain)
+
+        def watched(*args: Any) -> Tensor:
+            with tally.doing("update", "update workspace"):
+                squares: Tensor = run(*args)
+            return squares
+
+        return watched
+
+    for owner, name, function in (
+        (chain, "forward", watched_forward),
+        (chain, "backward", watched_backward),
+        (chain, "head", watched_head),
+        (step, "kernel", watched_kernel),
+    ):
+        setattr(owner, name, function)
+
+
+@contextmanager
+def _one_graph(tally: Tally) -> Iterator[None]:
+    """Mode "step" compiles its one graph by `graph.compiled`: in here, that only counts."""
+    before = graph.compiled  # type: ignore[attr-defined]
+    graph.compiled = lambda function: fused_whole(function, tally)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        graph.compiled = before  # type: ignore[attr-defined]

@@ -1,0 +1,226 @@
+"""The memory that a training run will need, before any of it is allocated.
+
+    python -m tools.plan snsm 60m                                                 any recipe, with any of its flags
+    python -m tools.plan baseline --model 7b --optimizer galore --rank 1024 --precision bf16 --device cuda
+    python -m tools.plan snsm 1b --model 7b --rank 1024 --micro-batch 4 --fit 24GiB     what to change so that it fits
+
+--fit SIZE         propose recompute, then a smaller micro-batch (more of them: as many tokens a step), then a smaller
+                   rank or fewer active layers, until the peak is below SIZE (24GiB, 800MiB, 16GB)
+--json             the same as JSON
+--vocabulary N     tokens that the model knows; by default those of --tokenizer, or without one the preset's
+
+Exit codes: 0 it fits, or a proposal does, or nothing was asked; 2 bad arguments; 3 nothing fits.
+"""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from engine.plan import Plan
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SMALLER = ("rank", "active")  # flags that trade quality for memory, tried last
+LEAST = 4  # no rank below this is proposed
+Config = Any  # a recipe's frozen dataclass
+
+
+class Planned(Exception):
+    """What a recipe raises in the place of training when it was asked for its plan."""
+
+    def __init__(self, plan: "Plan", device: str) -> None:
+        super().__init__("planned")
+        self.plan, self.device = plan, device
+
+
+def main(arguments: list[str]) -> int:
+    """Run the recipe as a process that only plans: recipes know how flags become a run, tools do not."""
+    wanted: dict[str, Any] = {"fit": None, "json": False, "vocabulary": 0}
+    rest, i = [], 0
+    while i < len(arguments):
+        flag, _, value = arguments[i].partition("=")
+        if flag == "--json" and not value:
+            wanted["json"] = True
+        elif flag in ("--fit", "--vocabulary"):
+            if not value:
+                i += 1
+                value = arguments[i] if i < len(arguments) else ""
+            try:
+                wanted[flag[2:]] = size(value) if flag == "--fit" else positive(value)
+            except ValueError as error:
+                print(f"error: {flag}: {error}", file=sys.stderr)
+                return 2
+        else:
+            rest.append(arguments[i])
+        i += 1
+    if not rest or rest[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if rest else 2
+    recipe, *flags = rest
+    if not re.fullmatch(r"[a-z_]+", recipe):
+        print(f"error: got the recipe {recipe!r}, expected a name such as snsm or baseline", file=sys.stderr)
+        return 2
+    return subprocess.call([sys.executable, "-m", f"recipes.{recipe}", *flags, "--plan", json.dumps(wanted)])
+
+
+def size(text: str) -> int:
+    """Bytes of "24GiB", "800 MB". Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]) > 0:
+        raise ValueError(f"got {text!r}, expected a size above 0 with its unit, such as 24GiB or 800MB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def positive(text: str) -> int:
+    """A whole number above 0. Raises ValueError for anything else."""
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
+def answer(config: Config, run: Callable[[Config], object]) -> int:
+    """In the recipe's process: plan `config`, print, and look for what fits. Returns the exit code.
+
+    `run` raises Planned, as recipes do where their config has a plan.
+    """
+    wanted = json.loads(config.plan)
+    limit = wanted["fit"]
+
+    def planned(config: Config) -> Planned:
+        try:
+            run(config)
+        except Planned as done:
+            return done
+        raise AssertionError("a recipe trained where it was to plan")
+
+    first = planned(config)
+    content: dict[str, Any] = {"asked": plain(first.plan), "device": first.device}
+    fits = limit is None or first.plan.bytes <= limit
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
+    if not wanted["json"]:
+        show(first, console, "what training holds at its peak")
+    if limit is not None:
+        asked = gib(first.plan.bytes)
+        said, content["fits"], content["limit"] = f"{asked} fits in {gib(limit)}", fits, limit
+        if not fits:
+            said = f"{asked} does not fit in {gib(limit)}, and nothing does that --fit tries"
+            if getattr(config, "clip", "") == "global":
+                said += "; --clip global holds all gradients at once, --clip previous does not"
+            if found := proposal(config, limit, lambda candidate: planned(candidate).plan):
+                flags, fits = changed(config, found[0]), True
+                said = f"{asked} does not fit in {gib(limit)}; this does, at {gib(found[1].bytes)}: {flags}"
+                content["proposal"] = {"flags": flags, **plain(found[1])}
+        if not wanted["json"]:
+            console.print(said, soft_wrap=True)
+    if wanted["json"]:
+        print(json.dumps(content, indent=1))
+    return 0 if fits else 3
+
+
+def candidates(config: Config) -> Iterator[Iterator[Config]]:
+    """Runs that hold less and less: a group a means, in order of preference, each from mildest to strongest."""
+
+    def replaced(base: Config, **changes: Any) -> Config:
+        return dataclasses.replace(base, **changes)
+
+    recomputed = replaced(config, recompute=True)
+    if not config.recompute:
+        yield iter([recomputed])
+    sequences = config.micro_batch * config.accumulation
+    counts = [n for n in range(config.micro_batch - 1, 0, -1) if sequences % n == 0]
+    yield (replaced(recomputed, micro_batch=n, accumulation=sequences // n) for n in counts)
+    least = replaced(recomputed, micro_batch=1, accumulation=sequences)
+    for name in SMALLER:
+        now = getattr(config, name, None)
+        if type(now) is int:
+            floor = LEAST if name == "rank" else 1
+            yield (replaced(least, **{name: n}) for n in halves(now) if n >= floor)
+
+
+def halves(n: int) -> Iterator[int]:
+    """n/2, n/4 ..., down to 1."""
+    while n > 1:
+        n //= 2
+        yield n
+
+
+def proposal(config: Config, limit: int, measure: Callable[[Config], "Plan"]) -> "tuple[Config, Plan] | None":
+    """The mildest candidate that fits with its plan. Of each group the strongest is planned first: where that does not
+    fit, none of the group does."""
+    for group in map(list, candidates(config)):
+        if not group or measure(group[-1]).bytes > limit:
+            continue
+        for candidate in group:
+            if (found := measure(candidate)).bytes <= limit:
+                return candidate, found
+    return None
+
+
+def changed(before: Config, after: Config) -> str:
+    """The flags that make `after` of `before`."""
+    flags = []
+    for field in dataclasses.fields(after):
+        value = getattr(after, field.name)
+        if value != getattr(before, field.name):
+            name = f"--{field.name.replace('_', '-')}"
+            flags.append(name if value is True else f"{name} {value}")
+    return " ".join(flags)
+
+
+def show(planned: Planned, console: Console, title: str) -> None:
+    """A row a kind of tensor, then the total and the moments that come near it."""
+    plan = planned.plan
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    table.add_column("part")
+    table.add_column("bytes", justify="right")
+    table.add_column("GiB", justify="right")
+    table.add_column("share", justify="right")
+    small = 0
+    for kind, n in plan.kinds.items():
+        if n < plan.bytes / 1000:
+            small += n
+        else:
+            table.add_row(kind, f"{n:,}", f"{n / 2**30:.3f}", f"{n / plan.bytes:.1%}")
+    if small:
+        table.add_row(
+            "all that is smaller than 0.1 %", f"{small:,}", f"{small / 2**30:.3f}", f"{small / plan.bytes:.1%}"
+        )
+    table.add_section()
+    table.add_row("total", f"{plan.bytes:,}", f"{plan.bytes / 2**30:.3f}", "100.0%", style="bold")
+    console.print(table)
+    others = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in grouped(plan.moments).items())
+    console.print(f"the peak is reached in: {plan.moment}. Peaks by moment, GiB: {others}", soft_wrap=True)
+    what = "bytes of tensors; Python, torch and the compiler come on top"
+    if planned.device == "cuda":
+        what = "bytes on the device, in blocks of 512; CUDA was not measured, and 500 MiB for its context are assumed"
+    console.print(f"{planned.device}: {what}", soft_wrap=True)
+
+
+def grouped(moments: Mapping[str, int]) -> dict[str, int]:
+    """Peaks with all blocks taken together, largest first."""
+    most: dict[str, int] = {}
+    for name, n in moments.items():
+        short = re.sub(r" \d+$", "s", name)
+        most[short] = max(most.get(short, 0), n)
+    return dict(sorted(most.items(), key=lambda item: -item[1]))
+
+
+def gib(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB"
+
+
+def plain(plan: "Plan") -> dict[str, Any]:
+    """As JSON has it; bytes."""
+    return plan._asdict()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
