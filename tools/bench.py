@@ -1,6 +1,6 @@
 """Measurements as ratios within one run: the machine's mood cancels, so the numbers can be compared.
 
-python -m tools.bench step      training steps: this engine against torch.compile(model) + fused AdamW
+python -m tools.bench step      training steps: this engine against torch.compile(model) + fused AdamW; OMGD and RSO
 python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True); SUMO's over torch Muon's
 python -m tools.bench polar     exact polar factors of moments: time over Newton-Schulz's five steps, and errors
 python -m tools.bench refresh   rebuilding subspace bases: the randomized range finder against the exact SVD
@@ -32,17 +32,21 @@ from engine.memory import counted_peak
 from engine.segments import cut
 from engine.shards import Request, cached
 from engine.step import Step
+from models.layers import attach
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.adamw import adamw
-from optimizers.core import Group, Rule, partition, state_bytes
+from optimizers.core import Group, Optimizer, Rule, partition, state_bytes
 from optimizers.galore import galore
 from optimizers.linalg import project, range_basis, svd_basis
 from optimizers.muon import muon
+from optimizers.omgd import omgd
 from optimizers.polar import METHODS, by_svd, polar
 from optimizers.random import fold
+from optimizers.rso import rso
 from optimizers.sgd import sgd
 from optimizers.snsm import adam_sn, adam_snsm, rmsprop_sn, snsm
 from optimizers.sumo import sumo
+from optimizers.traversal import layers, traversal
 
 Sides = dict[str, Callable[[], object]]
 LINEAR = ", Linear weights only"
@@ -58,9 +62,15 @@ class StepBench:
     vocabulary: int = 1024
     batch: int = 8
     sequence: int = 256
+    active: int = 2
+    """OMGD: layers that train."""
+    rank: int = 128
+    """RSO: rank of the subspaces of attention and MLP."""
     rounds: int = 7
     """Timed rounds; every side runs once a round, and the medians of the ratios within rounds are printed."""
     threads: int = 2
+    clock: Literal["wall", "cpu"] = "wall"
+    """CPU time, at one thread, is what to read where other programs run on the machine."""
     json: Path | None = None
     """Also write the figures here."""
 
@@ -152,7 +162,7 @@ def report(title: str, rows: list[dict[str, object]], config: AnyBench) -> None:
 
 
 def bench_step(config: StepBench) -> None:
-    """Segments, with and without recompute, against the usual way."""
+    """AdamW in segments against the usual way; OMGD and RSO over AdamW against AdamW in segments."""
     shape = LlamaConfig(
         vocab_size=config.vocabulary,
         hidden_size=config.hidden,
@@ -167,15 +177,22 @@ def bench_step(config: StepBench) -> None:
     sides: Sides = {base: usual(Llama(shape), batch)}
     for recompute in (False, True):
         sides["segments" + ", recompute" * recompute] = ours(Llama(shape), batch, recompute)
-    seconds = timed(sides, config.rounds, time.perf_counter)
+    masked = functools.partial(few_layers, active=config.active)
+    sides[f"segments, OMGD {config.active} of {config.layers}"] = ours(Llama(shape), batch, wrap=masked)
+    for form in ("merged", "products"):
+        wrap = functools.partial(subspaces, rank=config.rank, form=form)
+        sides[f"segments, RSO {form}"] = ours(Llama(shape), batch, wrap=wrap)
+    seconds = timed(sides, config.rounds, time.process_time if config.clock == "cpu" else time.perf_counter)
     peaks = {name: counted_peak(run) for name, run in sides.items()}
     rows: list[dict[str, object]] = [
         {
             "side": name,
             "ms": statistics.median(seconds[name]) * 1e3,
             "time ratio": ratio(seconds, name, base),
+            "over segments": ratio(seconds, name, "segments"),
             "extra peak MB": peaks[name] / 1e6,
             "peak ratio": peaks[name] / peaks[base],
+            "peak over segments": peaks[name] / peaks["segments"],
         }
         for name in sides
     ]
@@ -196,13 +213,32 @@ def usual(model: Llama, batch: dict[str, Tensor]) -> Callable[[], object]:
     return run
 
 
-def ours(model: Llama, batch: dict[str, Tensor], recompute: bool) -> Callable[[], object]:
-    """The same step by the engine."""
+Wrap = Callable[[Optimizer, Llama], Optimizer]
+
+
+def ours(
+    model: Llama, batch: dict[str, Tensor], recompute: bool = False, wrap: Wrap = lambda base, model: base
+) -> Callable[[], object]:
+    """The same step by the engine, under AdamW or what `wrap` makes of it."""
     params: dict[str, Tensor] = dict(model.named_parameters())
-    optimizer = partition(params, [Group("adamw", adamw(), ("",), 1e-3, 0.01)])
+    optimizer = wrap(partition(params, [Group("adamw", adamw(), ("",), 1e-3, 0.01)]), model)
     step = Step(cut(model), params, optimizer, optimizer.init(params), recompute=recompute)
     hypers = {"adamw": {"lr": torch.tensor(1e-3), "weight_decay": torch.tensor(0.01)}}
     return lambda: step([batch], hypers, 1)
+
+
+def few_layers(base: Optimizer, model: Llama, active: int) -> Optimizer:
+    """OMGD: so many layers train, the others are frozen."""
+    params: dict[str, Tensor] = dict(model.named_parameters())
+    return omgd(base, params, traversal(layers(params), fold(0, "bench"), active=active, period=1000))
+
+
+def subspaces(base: Optimizer, model: Llama, rank: int, form: str) -> Optimizer:
+    """RSO on attention and MLP."""
+    params: dict[str, Tensor] = dict(model.named_parameters())
+    names = [name for name in params if "_proj" in name]
+    attach(model, names, rank, form)
+    return rso(base, params, names, rank, form=form)
 
 
 def bench_update(config: UpdateBench) -> None:
