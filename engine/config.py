@@ -71,6 +71,8 @@ class RunConfig:
     CUDA; on the CPU that copy lies in the memory that the run trains in."""
     inspect_every: int = 0
     """Steps between looks at the optimizer's state (stable rank, bases, size of updates: optim/<rule>/); 0: never."""
+    check_memory: bool = True
+    """Count what the tensors of the last step take, and compare it with what tools.plan predicts."""
     log_every: int = 10
     """Steps between log lines."""
     device: str = "auto"

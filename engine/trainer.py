@@ -20,7 +20,7 @@ from . import checkpoint, inspection, ownership
 from .checkpoint import Checkpoint, CheckpointError, WriteError
 from .config import RunConfig
 from .data import Batches
-from .memory import peak_bytes
+from .memory import counted_peak, peak_bytes
 from .metrics import Metrics
 from .saver import NotDeleted, Saver
 from .schedule import Schedule
@@ -73,6 +73,7 @@ class Trainer:
         self.pending: list[tuple[int, Result]] = []  # steps whose numbers nobody has read yet
         self.skipped = 0  # bases kept because the gradient at their refresh was unusable
         self.signal: int | None = None
+        self.measured: int | None = None  # most bytes of tensors at once in the last step
         self.converted: list[Row] = []  # what became of another optimizer's state
         background = config.save_async == "on" or (config.save_async == "auto" and step.device.type == "cuda")
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
@@ -119,8 +120,10 @@ class Trainer:
         config, tokens, since = self.config, 0, time.monotonic()
         loss, self.say = math.nan, metrics.say
         with self._signals(), self._all_written():
+            began = self.done
             while self.done < end:
-                self.pending.append((self.done, self._one_step()))
+                counting = config.check_memory and began < self.done == end - 1  # not in the step that compiles
+                self.pending.append((self.done, self._counted_step() if counting else self._one_step()))
                 self.done += 1
                 self.position += config.micro_batch * config.accumulation
                 tokens += config.micro_batch * config.accumulation * config.sequence
@@ -209,6 +212,19 @@ class Trainer:
             for j in range(config.accumulation)
         ]
         return self.step(batches, self.hypers, self.done)
+
+    def _counted_step(self) -> Result:
+        """A step whose tensors are counted, with weights, state and buffers. On CUDA: the peak of the run so far."""
+        if self.step.device.type == "cuda":
+            result = self._one_step()
+            self.measured = peak_bytes(self.step.device)
+            return result
+        there = [*self.step.params.values(), *(t for slots in self.step.state.values() for t in slots.values())]
+        there += [b for segment in self.step.chain.segments for b in segment.module.buffers()]
+        sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in there)}
+        results: list[Result] = []
+        self.measured = sum(sizes.values()) + counted_peak(lambda: results.append(self._one_step()))
+        return results[0]
 
     def _settle(self) -> dict[str, float]:
         """Read the numbers of the steps since the last call, in one transfer; returns their means and the last norm."""

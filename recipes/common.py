@@ -137,6 +137,14 @@ def train(config: TrainConfig) -> Path:
     if config.swap_at and until < config.steps:
         go_on(config, out / f"step-{until:08d}")
     _finish(config, trainer, metrics, loss, console)
+    if trainer.measured:
+        cuda = device.type == "cuda"
+        planned = _planned(config, tokenizer.vocab_size, setup.epoch, device.type, () if cuda else (trainer.done - 1,))
+        own = planned.plan.bytes - planned.plan.kinds.get("CUDA context (assumed)", 0)
+        console.print(
+            f"memory       predicted {own / 2**30:.3f} GiB of tensors at the peak ({planned.plan.moment}), measured "
+            f"{trainer.measured / 2**30:.3f} GiB" + ("" if cuda else " in the last step")
+        )
     prompt = tokenizer.encode(config.prompt) or [tokenizer.eos]
     limit = min(200, shape.max_position_embeddings - len(prompt))
     for name, p in optimizer.merge(params, step.state).items():

@@ -19,8 +19,8 @@ from engine.metrics import read
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
-    "--compile off --data corpus.txt --sequence 16 --micro-batch 2 --steps 20 --eval-windows 4 --log-every 1 "
-    "--size.hidden-size 16 --size.intermediate-size 24 --size.num-hidden-layers 2 --size.num-attention-heads 2 "
+    "--compile off --no-check-memory --data corpus.txt --sequence 16 --micro-batch 2 --steps 20 --eval-windows 4 "
+    "--log-every 1 --size.hidden-size 16 --size.intermediate-size 24 --size.num-hidden-layers 2 --size.num-attention-heads 2 "
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors so small that two only wait for each other
 BASELINES = ("adamw", "sgd", "muon", "galore --rank 4 --update-proj-gap 7")
@@ -273,3 +273,12 @@ def test_without_out_each_run_gets_a_folder_of_its_own(tmp_path):
         assert here(tmp_path, f"baseline {TINY} --steps 2").code == 0
     found = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/result.json"))
     assert found == ["baseline-adamw-demo", "baseline-adamw-demo-2"]
+
+
+@pytest.mark.parametrize("recipe", ["baseline", "omgd pretrain --active 1 --period 5step", "rso demo --rank 4"])
+def test_a_run_says_what_memory_was_predicted_and_measured(tmp_path, recipe):
+    done = here(corpus(tmp_path), f"{recipe} {TINY} --check-memory --micro-batch 64 --size.hidden-size 64 --out run")
+    assert done.code == 0, done.err
+    line = next(line for line in done.out.splitlines() if line.startswith("memory "))
+    predicted, measured = (float(word) for word in line.split() if word.replace(".", "").isdigit())
+    assert abs(predicted - measured) <= 0.05 * measured + 0.001, line

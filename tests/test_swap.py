@@ -1,0 +1,125 @@
+"""Another optimizer in the middle of a run: what it takes over, what it says of it, and that training goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_recipes import ROOT, TINY, Done, column, corpus, finish, here, start
+from test_trainer import newest
+
+from engine import checkpoint
+
+TARGETS = {
+    "snsm": "snsm demo --rank 4",
+    "adam_sn": "snsm demo --method adam_sn",
+    "sumo": "sumo demo --rank 4",
+    "muon": "baseline --optimizer muon",
+    "galore": "baseline --optimizer galore --rank 4",
+    "rso": "rso demo --rank 4 --period 7",
+    "rso in products, shared": "rso demo --rank 4 --period 7 --form products --share",
+    "omgd": "omgd pretrain --active 1 --period 5step",
+    "omgd over sumo, kept": "omgd pretrain --active 1 --period 5step --over sumo --rank 4 --state-policy keep",
+    "adamw": "baseline",
+}
+
+
+def swap(folder: Path, line: list[str]) -> Done:
+    command = [sys.executable, "-m", "tools.swap", *line]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of every optimizer, twelve steps each."""
+    folder = corpus(tmp_path_factory.mktemp("swap"))
+    for i, target in enumerate(TARGETS.values()):
+        done = here(folder, f"{target} {TINY} --steps 12 --eval-every 12 --out run{i}")
+        assert done.code == 0, done.err
+    return folder
+
+
+PAIRS = [
+    pytest.param(i, target, id=f"{source}-{name}", marks=() if "adamw" in (source, name) else pytest.mark.slow)
+    for i, source in enumerate(TARGETS)
+    for name, target in TARGETS.items()
+]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_every_optimizer_takes_over_from_every_other(trained, tmp_path, source, target):
+    """Weights are those of the checkpoint, merged; training goes on, from the same batch and to the same step."""
+    out = tmp_path / "out"
+    run = f"{target} {TINY} --steps 16 --eval-every 16"
+    done = here(trained, f"{run} --resume run{source} --swap only --out {out}")
+    assert done.code == 0, done.err
+    assert "optimizer state converted" in done.out
+    rows = json.loads((out / "swap.json").read_text())
+    assert {row["name"] for row in rows} <= set(newest(out).params)
+    before, after = newest(trained / f"run{source}"), newest(out)
+    assert before.step == after.step == 12 and before.trainer["position"] == after.trainer["position"]
+    if before.header.get("rso.form") != "products":
+        assert all(after.params[name].equal(p) for name, p in before.params.items())
+    done = here(trained, f"{run} --resume auto --out {out}")
+    assert done.code == 0, done.err
+    assert newest(out).step == 16
+    losses = dict(column(out, "train/loss"))
+    assert max(losses.values()) < 1.1 * dict(column(trained / f"run{source}", "train/loss"))[12] + 0.1, losses
+
+
+def test_products_are_merged_before_they_are_left(trained, tmp_path):
+    """The next batch's loss is the same whether RSO goes on or AdamW does: B Pᵀ is in the weights."""
+    source = list(TARGETS).index("rso in products, shared")
+    runs = {"rso": TARGETS["rso in products, shared"], "adamw": f"{TARGETS['adamw']} --swap convert"}
+    losses = {}
+    for name, target in runs.items():
+        resumed = f"{target} {TINY} --steps 14 --eval-every 14 --resume run{source} --out {tmp_path / name}"
+        done = here(trained, resumed)
+        assert done.code == 0, done.err
+        losses[name] = dict(column(tmp_path / name, "train/loss"))[13]
+    assert abs(losses["rso"] - losses["adamw"]) < 1e-5, losses
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_with_the_way_out(trained):
+    done = here(trained, f"snsm demo --rank 4 {TINY} --resume run{list(TARGETS).index('adamw')} --out refused")
+    assert done.code == 5 and "convert it with --swap" in done.err
+
+
+def test_the_tool_writes_a_checkpoint_that_the_recipe_resumes(trained, tmp_path):
+    out = str(tmp_path / "out")
+    done = swap(trained, [f"run{list(TARGETS).index('adamw')}", out, "--to", "snsm demo --rank 4"])
+    assert done.code == 0, done.err
+    assert "projected, second moment summed into subsets" in done.out
+    assert checkpoint.latest(Path(out)).path is not None
+    assert here(trained, f"snsm demo --rank 4 {TINY} --steps 14 --eval-every 14 --resume auto --out {out}").code == 0
+    again = swap(trained, ["run0", out, "--to", "snsm demo --rank 4"])
+    assert again.code == 2 and "holds a run already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        (["run0", "new", "--to", "no_such"], 1, "No module named recipes.no_such"),
+        (["run0", "new", "--to", "../x"], 2, "expected a recipe and its flags"),
+        (["missing", "new", "--to", "baseline"], 5, "no whole checkpoint"),
+        (["run0", "new", "--to", "sumo demo --rank 400"], 2, "rank must lie in"),
+    ],
+)
+def test_what_cannot_be_swapped_says_why(trained, line, code, message):
+    done = swap(trained, line)
+    assert done.code == code and message in done.err, done
+    assert not (trained / "new").exists()
+
+
+def test_a_run_goes_on_under_another_optimizer(trained):
+    """--swap-at: one folder, one curve, two optimizers."""
+    line = f'baseline {TINY} --eval-every 10 --out swapped --swap-at 8 "sumo demo --rank 4 --lr 1e-3"'
+    done = finish(start(trained, line))
+    assert done.code == 0, done.err
+    assert "resuming swapped/step-00000008 at step 8" in done.out
+    assert [step for step, _ in column(trained / "swapped", "train/loss")] == list(range(1, 21))
+    last = newest(trained / "swapped")
+    assert last.step == 20 and any("momentum_buffer" in slots for slots in last.state.values())
