@@ -20,7 +20,8 @@ from engine.metrics import read
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "--compile off --no-check-memory --data corpus.txt --sequence 16 --micro-batch 2 --steps 20 --eval-windows 4 "
-    "--log-every 1 --size.hidden-size 16 --size.intermediate-size 24 --size.num-hidden-layers 2 --size.num-attention-heads 2 "
+    "--log-every 1 --size.hidden-size 16 --size.intermediate-size 24 --size.num-hidden-layers 2 "
+    "--size.num-attention-heads 2 "
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors so small that two only wait for each other
 BASELINES = ("adamw", "sgd", "muon", "galore --rank 4 --update-proj-gap 7")
