@@ -105,10 +105,9 @@ def _simulated(
     with FakeTensorMode(allow_non_fake_inputs=True), _Drawn(), _one_graph(tally):  # type: ignore[no-untyped-call]
         segments, params, optimizer = build()
         state = optimizer.init(params)
-        own = {id(t): (kind, t) for kind, t in _slots(state)}
+        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state)}.values())
         tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
-        for kind, t in own.values():
-            tally.adopt(kind, [t])
+        _each(tally.adopt, state)
         step = Step(
             segments,
             params,
@@ -137,15 +136,14 @@ def _simulated(
             for i in steps or _telling(optimizer, config.steps):
                 with tally, tally.doing("turn", "turn workspace"):
                     step.turn(i)
-                    for kind, t in _slots(step.state):
-                        tally.name(kind, [t])
+                    _each(tally.name, step.state)
                 if config.compile == "step":  # compiles
                     step(batches, hypers, i)
                 with tally:
                     step(batches, hypers, i)
             found.append(tally.peaks(before))
             del batches
-    return found, sum(t.untyped_storage().nbytes() for _, t in own.values())
+    return found, fresh
 
 
 class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -173,6 +171,12 @@ def _slots(state: State) -> Iterator[tuple[str, Tensor]]:
     for slots in state.values():
         for name, t in slots.items():
             yield STATE + ("scalars" if t.numel() <= 2 else SLOTS.get(name, name)), t
+
+
+def _each(tell: Callable[[str, list[Tensor]], None], state: State) -> None:
+    """Tell the kind of each; in a frame of its own, as a name left on a tensor would keep what a turn lets go."""
+    for kind, t in _slots(state):
+        tell(kind, [t])
 
 
 def _watched(optimizer: Optimizer, tally: Tally) -> Optimizer:

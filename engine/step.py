@@ -107,11 +107,14 @@ class Step:
 
     @torch.no_grad()
     def turn(self, step: int) -> bool:
-        """Change what is due before `step` (a mask, a subspace), one segment's parameters after another's."""
+        """Change what is due before `step` (a mask, a subspace), one segment's parameters after another's.
+
+        Those with state go first, so that what leaves is freed before what comes is allocated.
+        """
         if not self.optimizer.turns(step):
             return False
         state: State = {}
-        for names in self.chain.owned:
+        for names in sorted(self.chain.owned, key=lambda names: not part(self.state, names)):
             params = {name: self.params[name] for name in names if name in self.params}
             moved, own = self.optimizer.turn(params, part(self.state, params), step, self.key)
             for name, p in moved.items():
