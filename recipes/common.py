@@ -42,7 +42,7 @@ from tools.plot import loss_curve
 from tools.prepare import Bar
 
 from .config import Setup, TrainConfig
-from .swap import go_on, report, source
+from .swap import go_on, plain, report, source
 
 Config = TypeVar("Config")
 
@@ -128,7 +128,7 @@ def train(config: TrainConfig) -> Path:
     until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
     if trainer.converted:
         path = trainer.save_now()
-        (out / "swap.json").write_text(json.dumps([row._asdict() for row in trainer.converted], indent=1) + "\n")
+        (out / "swap.json").write_text(json.dumps(plain(trainer.converted), indent=1) + "\n")
         console.print(f"converted    {path}, {out / 'swap.json'}")
         if config.swap == "only":
             return out
@@ -138,13 +138,7 @@ def train(config: TrainConfig) -> Path:
         go_on(config, out / f"step-{until:08d}")
     _finish(config, trainer, metrics, loss, console)
     if trainer.measured:
-        cuda = device.type == "cuda"
-        planned = _planned(config, tokenizer.vocab_size, setup.epoch, device.type, () if cuda else (trainer.done - 1,))
-        own = planned.plan.bytes - planned.plan.kinds.get("CUDA context (assumed)", 0)
-        console.print(
-            f"memory       predicted {own / 2**30:.3f} GiB of tensors at the peak ({planned.plan.moment}), measured "
-            f"{trainer.measured / 2**30:.3f} GiB" + ("" if cuda else " in the last step")
-        )
+        console.print(_memory(config, trainer, tokenizer.vocab_size, setup.epoch))
     prompt = tokenizer.encode(config.prompt) or [tokenizer.eos]
     limit = min(200, shape.max_position_embeddings - len(prompt))
     for name, p in optimizer.merge(params, step.state).items():
@@ -154,6 +148,19 @@ def train(config: TrainConfig) -> Path:
     console.print(tokenizer.decode([*prompt, *sample]))
     console.rule()
     return out
+
+
+def _memory(config: TrainConfig, trainer: Trainer, vocabulary: int, epoch: int) -> str:
+    """What the planner predicted of the last step (on CUDA: of the run), and what was counted."""
+    assert trainer.measured is not None
+    cuda = trainer.step.device.type == "cuda"
+    steps = () if cuda else (trainer.done - 1,)
+    planned = _planned(config, vocabulary, epoch, trainer.step.device.type, steps).plan
+    own = planned.bytes - planned.kinds.get("CUDA context (assumed)", 0)
+    return (
+        f"memory       predicted {own / 2**30:.3f} GiB of tensors at the peak ({planned.moment}), measured "
+        f"{trainer.measured / 2**30:.3f} GiB" + ("" if cuda else " in the last step")
+    )
 
 
 def _planned(

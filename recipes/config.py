@@ -68,6 +68,10 @@ class TrainConfig(RunConfig):
         if not self.lr < 3e38:
             raise UsageError(f"--lr must be a float32, got {self.lr}")
         self.at_least("weight_decay", 0)
+        if self.swap != "never" and self.resume == "never":
+            raise UsageError(f"--swap {self.swap}: there is no state to convert; give --resume a run or a checkpoint")
+        if self.swap_at and not 0 < self.swap_at[0] < self.steps:
+            raise UsageError(f"--swap-at must name a step from 1 to {self.steps - 1}, got {self.swap_at[0]}")
 
     def groups(self, params: Params) -> list[Group]:
         """Who trains what."""

@@ -33,7 +33,7 @@ def demo(config: Demo) -> None:
     out = config.out or next(path for path in tried if not path.exists())
     common: dict[str, Any] = {"steps": config.steps, "eval_every": 20}
     ours = replace(snsm.PRESETS["demo"][1], out=out / "snsm", **common)
-    theirs = baseline.Baseline(lr=1.5e-3, out=out / "adamw", **common)
+    theirs = baseline.Baseline(lr=1e-3, rest_lr=3e-2, out=out / "adamw", **common)
     console = Console(soft_wrap=True)
     console.rule("1 of 2: SNSM")
     train(ours)

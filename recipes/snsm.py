@@ -107,8 +107,8 @@ def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int, ga
 
 PRESETS = {
     "demo": (
-        "About 3 M parameters; lr is ours, tuned on Wikipedia (docs/results/snsm-wikipedia).",
-        Snsm(lr=1.5e-2),
+        "About 3 M parameters; rates and gap are ours, tuned on Wikipedia (docs/results/snsm-wikipedia).",
+        Snsm(lr=1.5e-2, rest_lr=3e-2, update_proj_gap=50),
     ),
     "60m": ("Rank 128, gap 100, 10,000 steps: the authors' 60M command.", paper("60m", 128, 10_000)),
     "130m": ("Rank 256 (inferred from GaLore's), 20,000 steps (GaLore's script).", paper("130m", 256, 20_000)),

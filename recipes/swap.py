@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -46,6 +46,14 @@ def report(rows: Sequence[Row]) -> Table:
         spans = (_span([getattr(row, field) for row in own]) for field in ("first_kept", "second_kept", "jump"))
         table.add_row(f"{kind[0]} -> {kind[1]}", kind[2], str(len(own)), *spans)
     return table
+
+
+def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """As JSON can hold it; what there is nothing to compare with is null."""
+    return [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row._asdict().items()}
+        for row in rows
+    ]
 
 
 def _span(values: Sequence[float]) -> str:

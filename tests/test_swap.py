@@ -114,6 +114,12 @@ def test_what_cannot_be_swapped_says_why(trained, line, code, message):
     assert not (trained / "new").exists()
 
 
+@pytest.mark.parametrize("flags", ["--swap convert", "--swap-at 20 baseline", "--swap-at 0 baseline"])
+def test_a_swap_that_would_not_happen_is_an_error(trained, flags):
+    done = here(trained, f"baseline {TINY} {flags} --out none")
+    assert done.code == 2 and "--swap" in done.err
+
+
 def test_a_run_goes_on_under_another_optimizer(trained):
     """--swap-at: one folder, one curve, two optimizers."""
     line = f'baseline {TINY} --eval-every 10 --out swapped --swap-at 8 "sumo demo --rank 4 --lr 1e-3"'
