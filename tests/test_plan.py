@@ -1,5 +1,6 @@
 """Predicted memory against memory counted while training, for every optimizer; and what the command line answers."""
 
+import gc
 import json
 import resource
 import subprocess
@@ -91,11 +92,13 @@ def precise(config: RunConfig) -> torch.dtype:
 
 
 def predicted(method: str, shape: LlamaConfig, config: RunConfig, *steps: int) -> Plan:
+    gc.collect()  # what other tests left in cycles dies when it likes
     return plan(lambda: built(method, shape, precise(config)), config, steps=steps)
 
 
 def measured(method: str, shape: LlamaConfig, config: RunConfig, at: int) -> int:
     """Weights, tables, state and batches, and the counted peak of a step above them, once earlier ones compiled it."""
+    gc.collect()
     segments, params, optimizer = built(method, shape, precise(config))
     state = optimizer.init(params)
     step = Step(
