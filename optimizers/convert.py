@@ -1,13 +1,17 @@
 """From one optimizer's state to another's, a tensor at a time, with a report of what became of it."""
 
+import re
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .core import PARKED, Hyper, Optimizer, Params, Rule, Slots, State
-from .moments import UNKNOWN, complete
+from .moments import GUESSED, UNKNOWN, Moments, complete
 from .random import Key, fold, normal
+
+RESTED = 100.0  # gradients that a first moment of zero counts for: a rule that corrects for its start does not here
 
 
 class Row(NamedTuple):
@@ -28,20 +32,43 @@ def convert(
     """`target`'s state after `step` steps, started from what `source`'s knows; nothing is mutated.
 
     Weights stay as they are: a view that keeps a part of them apart must have merged it before (`Optimizer.merge`).
-    A tensor that is frozen on either side has nothing to give or to take. Raises UsageError as `target.init` does.
+    What was frozen has nothing to give: it starts from rest, with the mean second moment of its like in other layers,
+    as a rule that knows nothing would begin with its largest steps in the middle of a run. Raises UsageError as
+    `target.init` does.
     """
     fresh, rows = target.init(params, step), []
+    sizes = _sizes(params, state, source) if any(name.removeprefix(PARKED) not in state for name in fresh) else {}
     for name, slots in fresh.items():
         bare = name.removeprefix(PARKED)
         old, new = source.owner[bare].rule, target.owner[bare].rule
         held = state.get(bare, state.get(PARKED + bare, {}))
-        fresh[name], row = _one(bare, params[bare], held, slots, old, new, fold(key, "convert", bare))
+        size = sizes.get(_kind(bare))
+        fresh[name], row = _one(bare, params[bare], held, slots, old, new, fold(key, "convert", bare), size)
         rows.append(row)
     return fresh, rows
 
 
-def _one(name: str, p: Tensor, held: Slots, slots: Slots, old: Rule, new: Rule, key: Key) -> tuple[Slots, Row]:
-    """One tensor: its new slots, and the report's row."""
+def _kind(name: str) -> str:
+    """A parameter's name without its layer."""
+    return re.sub(r"\d+", "*", name)
+
+
+def _sizes(params: Params, state: State, source: Optimizer) -> dict[str, float]:
+    """The mean second moment by kind of parameter, of what has state."""
+    found: dict[str, list[float]] = {}
+    for name, slots in state.items():
+        bare = name.removeprefix(PARKED)
+        export = source.owner[bare].rule.export
+        second = complete(export(slots, params[bare])).second if export and slots else None
+        if second is not None:
+            found.setdefault(_kind(bare), []).append(float(second.mean()))
+    return {kind: fmean(means) for kind, means in found.items()}
+
+
+def _one(
+    name: str, p: Tensor, held: Slots, slots: Slots, old: Rule, new: Rule, key: Key, size: float | None
+) -> tuple[Slots, Row]:
+    """One tensor: its new slots, and the report's row. `size` is the second moment of its like."""
     nan = float("nan")
     if old.name == new.name and _like(held, slots) and not new.refresh and "P" not in slots:
         return dict(held), Row(name, old.name, new.name, "kept", 1.0, 1.0, 1.0)
@@ -49,8 +76,12 @@ def _one(name: str, p: Tensor, held: Slots, slots: Slots, old: Rule, new: Rule, 
     if moments.first is None or new.adopt is None:
         if new.refresh:  # a basis like any other, until its own turn comes: coordinates would be worse
             slots, _ = new.refresh(_seen(normal(key, tuple(p.shape), p.device), slots), slots, key)
-        why = "nothing was learned yet" if held else "it was frozen"
-        return slots, Row(name, old.name, new.name, f"reset: {why}", nan, nan, nan)
+        did = "reset: nothing was learned yet" if held else "reset: it was frozen"
+        if not held and size and new.adopt is not None:
+            rest = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+            slots, _ = new.adopt(Moments(rest, torch.full_like(rest, size), (RESTED, GUESSED)), slots, p, key)
+            did = "it was frozen: second moment of its like, first moment zero"
+        return slots, Row(name, old.name, new.name, did, nan, nan, nan)
     made, did = new.adopt(moments, slots, p, key)
     after = complete(new.export(made, p)) if new.export else UNKNOWN
     first = second = nan

@@ -123,3 +123,21 @@ def test_a_guessed_second_moment_has_no_empty_entries():
     first[0], first[:, 0] = 1.0, 1.0
     made = complete(optimizer(RULES["sgd"]).owner["tall"].rule.export({"momentum_buffer": first * 10}, first))
     assert made.second is not None and (made.second > 0).all()
+
+
+@pytest.mark.parametrize("name", ["adamw", "snsm", "galore", "sgd"])
+def test_what_was_frozen_starts_from_rest(name):
+    """Layer 1 has no state: its first updates are no larger than those of layer 0, which knows its gradients."""
+    params = {f"layers.{i}.w": PARAMS["tall"].clone() for i in (0, 1)}
+
+    def of(rule: Rule) -> Optimizer:
+        return partition(params, [Group("all", rule, ("",), 1e-3)], staggered=False)
+
+    source, target = of(RULES["adamw"]), of(RULES[name])
+    known = {"layers.0.w": trained(optimizer(RULES["adamw"]))["tall"]}
+    state, rows = convert(params, known, source, target, 60, fold(5))
+    assert "of its like" in {row.name: row.did for row in rows}["layers.1.w"]
+    g = 0.5 * normal(fold(3, "next"), (20, 12))
+    moved, _ = target.update(dict.fromkeys(params, g), state, params, HYPER)
+    sizes = [float((moved[n] - p).norm()) for n, p in params.items()]
+    assert sizes[1] < 1.5 * sizes[0], sizes
