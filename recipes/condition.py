@@ -76,7 +76,7 @@ def samples(out: Path) -> list[Sample]:
 
 def summary(found: Sequence[Sample]) -> Table:
     """Medians and ranges over matrices, a row per step."""
-    table = Table(title="condition numbers and Newton-Schulz's error, median [least, most] over matrices")
+    table = Table(title="condition numbers and Newton-Schulz's error, median \\[least, most] over matrices")
     for column in ("step", "κ projected", "κ full", "NS5 error projected", "NS5 error full", "energy in basis"):
         table.add_column(column, justify="right", no_wrap=True)
     for step in dict.fromkeys(s.step for s in found):

@@ -10,6 +10,7 @@ the gap in which 250 is best. It gives no learning rate, momentum or scale: thos
 """
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -98,7 +99,7 @@ def run(config: Sumo) -> None:
     out = train(replace(config, save_every=config.every, keep_every=config.every, save_async="off"))
     found = condition.samples(out)
     (out / "condition.json").write_text(json.dumps(condition.plain(found)) + "\n")
-    console = Console(soft_wrap=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(condition.summary(found))
     picture = condition.draw(found, out / "condition.png")
     console.print(f"{picture}  {out / 'condition.json'}", highlight=False)
