@@ -257,7 +257,7 @@ def base(request, tmp_path_factory) -> Base:
     trainers: list[Trainer] = []
     train = Trainer.train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train", lambda self, metrics: (trainers.append(self), train(self, metrics))[1])
+        patch.setattr(Trainer, "train", lambda self, *given: (trainers.append(self), train(self, *given))[1])
         done = here(folder, f"{request.param} {TINY} --steps 4 --save-every 3 --out run")
     assert done.code == 0, done.err
     path = folder / "run" / "step-00000004"
