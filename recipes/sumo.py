@@ -123,14 +123,14 @@ def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int) ->
 
 
 PRESETS = {
-    "demo": ("About 3 M parameters; lr, rest_lr and gap are ours.", Sumo(lr=4e-3, rest_lr=3e-2, update_proj_gap=50)),
+    "demo": ("About 3 M parameters; lr, rest_lr and gap are ours.", Sumo(lr=6e-3, rest_lr=3e-2, update_proj_gap=50)),
     "60m": ("Rank 128, 10,000 steps.", paper("60m", 128, 10_000)),
     "130m": ("Rank 256, 20,000 steps.", paper("130m", 256, 20_000)),
     "350m": ("Rank 256, 60,000 steps.", paper("350m", 256, 60_000)),
     "1b": ("Rank 512, 100,000 steps.", paper("1b", 512, 100_000)),
     "condition": (
         "The demo, measured: condition numbers and spectra of the moments, beside Newton-Schulz's error.",
-        Condition(lr=4e-3, rest_lr=3e-2, update_proj_gap=50, steps=200),
+        Condition(lr=6e-3, rest_lr=3e-2, update_proj_gap=50, steps=200),
     ),
 }
 
