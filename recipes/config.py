@@ -100,14 +100,18 @@ class TrainConfig(RunConfig):
 
 def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str] = (MATRICES,)) -> list[Group]:
     """`rule` on the matrices that match; AdamW on the rest, at a rate of its own where asked."""
-    rest = config.lr if config.rest_lr is None else config.rest_lr
     if rule.name == "adamw" and config.rest_lr is None:
         return [
             Group("adamw-norms", rule, ("norm",), config.lr, 0.0, "norms: never decayed"),
             Group("adamw", rule, ("",), config.lr, config.weight_decay, why),
         ]
+    return [Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why), *rest_for(config)]
+
+
+def rest_for(config: TrainConfig) -> list[Group]:
+    """AdamW on what is left: norms, embedding and head, at a rate of their own where asked."""
+    rest = config.lr if config.rest_lr is None else config.rest_lr
     return [
-        Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why),
         Group("adamw-norms", adamw(), ("norm",), rest, 0.0, "norms: vectors, never decayed"),
         Group("adamw-rest", adamw(), ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
     ]

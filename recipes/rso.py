@@ -39,7 +39,7 @@ from optimizers.sumo import sumo
 from tools.plot import COLOURS, FAINT, INK, spread
 
 from .common import main, train
-from .config import MATRICES, Setup, TrainConfig
+from .config import MATRICES, Setup, TrainConfig, rest_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +113,8 @@ def rule(config: Rso) -> Rule:
 
 def groups(config: Rso) -> list[Group]:
     """The inner rule on attention and MLP; AdamW on the rest, at the same learning rate unless told otherwise."""
-    rest = config.lr if config.rest_lr is None else config.rest_lr
     why = f"attention and MLP, in subspaces of rank {config.rank}"
-    return [
-        Group("rso", rule(config), (MATRICES,), config.lr, config.weight_decay, why),
-        Group("adamw-norms", adamw(), ("norm",), rest, 0.0, "norms: vectors, never decayed"),
-        Group("adamw-rest", adamw(), ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
-    ]
+    return [Group("rso", rule(config), (MATRICES,), config.lr, config.weight_decay, why), *rest_for(config)]
 
 
 def paper(model: Literal["60m", "130m", "350m", "1b", "7b"], rank: int, steps: int, period: int = 200) -> Rso:
