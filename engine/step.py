@@ -175,7 +175,7 @@ class _Update:
 
     def __init__(self, step: Step, trainable: Params, hypers: Mapping[str, Hyper], count: int) -> None:
         self.step, self.trainable, self.hypers, self.count = step, trainable, hypers, count
-        self.due = {name for name in step.optimizer.due(count) if name in set(step.moved(trainable))}
+        self.due = set(step.optimizer.due(count)).intersection(step.moved(trainable))
         self.squares: list[tuple[tuple[str, ...], Tensor]] = []
         self.refreshed: list[Tensor] = []
         self.waiting: list[Params] = []
