@@ -71,8 +71,7 @@ def run(config: Compare, common: list[str], method: Method, lr: float, seed: int
     """One cell: from the file if it is there, else by running it. A run that diverged counts as an infinite loss."""
     command = [*method.command, *common]
     key = shlex.join([*command, "--lr", f"{lr:g}", "--seed", str(seed)])
-    cells = load(config.out)
-    if key in cells:
+    if key in (cells := load(config.out)):
         return cells[key]
     folder = config.out / "runs" / f"{method.name}-lr{lr:g}-seed{seed}-{fold(0, key) % 16**6:06x}"
     flags = ["--lr", str(lr), "--seed", str(seed), "--out", str(folder), "--resume", "auto"]
@@ -90,7 +89,7 @@ def run(config: Compare, common: list[str], method: Method, lr: float, seed: int
         lines = (folder / "log.txt").read_text().strip().splitlines()
         raise UsageError(f"{key}: exit code {code}: {lines[-1] if lines else 'no output'}; see {folder / 'log.txt'}")
     console.print(f"    held-out loss {cell['loss']:.4f}", highlight=False)
-    save(config.out, {**cells, key: cell})
+    save(config.out, {**load(config.out), key: cell})  # others may have been run beside it
     return cell
 
 

@@ -24,7 +24,8 @@ RUNS = {
 }
 
 # Forks a run from a process that has imported everything, kills it at a random moment, looks at what is left, and
-# starts over; the last one may end. Prints what happened as JSON.
+# starts over. How far a run comes between two kills is the machine's affair: where one ends before it was killed often
+# enough, the next begins in another folder. The last one may end. Prints what happened as JSON.
 DRIVER = """
 import json, os, random, runpy, shlex, signal, sys, time
 from pathlib import Path
@@ -34,10 +35,9 @@ from engine.checkpoint import latest
 from engine.metrics import read
 
 line, kills, every, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-out, draw = Path("killed"), random.Random(seed)
+draw = random.Random(seed)
 torch.set_num_threads(1)
 recipe, *flags = shlex.split(line)
-flags += ["--out", str(out), "--resume", "auto"]
 
 def begin():
     if child := os.fork():
@@ -46,7 +46,7 @@ def begin():
     try:
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
-        sys.argv = [recipe, *flags]
+        sys.argv = [recipe, *flags, "--out", str(out), "--resume", "auto"]
         runpy.run_module(f"recipes.{recipe}", run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
@@ -73,25 +73,30 @@ def moment(before):
         until(lambda: any(out.glob(".tmp-step-*")))
     time.sleep(draw.uniform(0, {"start": life, "steps": 0.05, "writing": 0.01}[where]))
 
-killed, lost, writing, saved, start, life = 0, [], 0, 0, time.monotonic(), 0.5
+killed, lost, writing, runs, saved, start, life = 0, [], 0, 1, 0, time.monotonic(), 0.5
+out = Path("killed-1")
 child = begin()
 while True:
     if killed < kills:
         moment(steps())
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code != -signal.SIGKILL:
+    if code == -signal.SIGKILL:
+        killed += 1
+        writing += any(out.glob(".*step-*"))
+        found = latest(out)
+        assert not found.damaged, found
+        at = int(found.path.name[5:]) if found.path else 0
+        assert at >= saved, "a checkpoint that was whole is gone"
+        saved = at
+        lost.append(steps() - at)
+    elif code == 0 and killed < kills:
+        runs, saved = runs + 1, 0
+        out = Path(f"killed-{runs}")
+    else:
         break
-    killed += 1
-    writing += any(out.glob(".*step-*"))
-    found = latest(out)
-    assert not found.damaged, found
-    at = int(found.path.name[5:]) if found.path else 0
-    assert at >= saved, "a checkpoint that was whole is gone"
-    saved = at
-    lost.append(steps() - at)
     child = begin()
-print(json.dumps({"code": code, "kills": killed, "lost": max(lost, default=0), "writing": writing,
+print(json.dumps({"code": code, "kills": killed, "runs": runs, "lost": max(lost, default=0), "writing": writing,
                   "seconds": time.monotonic() - start}))
 """
 
@@ -115,9 +120,10 @@ def test_many_kills_lose_no_more_than_the_interval_and_change_no_bit(tmp_path, c
     found = kill(corpus(tmp_path), f"{line} --save-every {EVERY}", share)
     print(case, found)
     assert found["code"] == 0
-    assert found["kills"] == share, "the run ended before it was killed often enough"
+    assert found["kills"] == share
     assert found["writing"] or share < 20, f"no checkpoint was being written at any kill: {found}"
     late = EVERY if "--save-async on" in line else 0  # the steps that are trained while one is written
     assert found["lost"] <= EVERY + late, found
     assert here(tmp_path, f"{line} --out straight").code == 0
-    assert_identical(tmp_path / "killed", tmp_path / "straight")
+    for run in range(1, found["runs"] + 1):
+        assert_identical(tmp_path / f"killed-{run}", tmp_path / "straight")
