@@ -147,7 +147,8 @@ def _simulated(
 
 
 class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Short permutations are drawn for real: what trains when is decided by them."""
+    """Short permutations are drawn for real: what trains when is decided by them. What the host asks of a tensor, such
+    as whether a basis must be rebuilt, is answered with yes."""
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -158,6 +159,8 @@ class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.randperm.generator and args[0] <= LAYERS:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
         return func(*args, **(kwargs or {}))
 
 

@@ -34,8 +34,8 @@ from torch import Tensor
 from . import linalg
 from .core import Hyper, Rule, Slots, UsageError
 from .moments import Moments
-from .polar import METHODS, polar
-from .random import Key
+from .polar import METHODS, newton_schulz, polar
+from .random import Key, normal
 
 MATRIX = (-2, -1)
 
@@ -60,7 +60,8 @@ def sumo(
     """The family; its defaults are the recommended setting.
 
     nesterov       "correct", "none" (heavy ball), "release"
-    basis          "range" (randomized, 2 r directions, 2 power iterations), "svd", "track" (a range at first)
+    basis          "range" (randomized, 2 r directions, 2 power iterations), "svd", "track" (one subspace iteration from
+                   the old basis; at first, from a random one)
     moments        what a refresh does to M: "rotate", "keep" (its coordinates, now of another basis), "reset"
     alpha          "match" or a number
     orthogonalize  a method of `polar`
@@ -74,7 +75,7 @@ def sumo(
         ("basis", basis, ("range", "svd", "track")),
         ("moments", moments, ("rotate", "keep", "reset")),
         ("side", side, ("shorter", "longer")),
-        ("perpendicular", perpendicular, ("raw", "normalized")),
+        ("perpendicular", perpendicular, ("raw", "normalized", "orthogonal")),
         ("orthogonalize", orthogonalize, ("auto", *METHODS)),
         ("alpha", alpha if isinstance(alpha, str) else "match", ("match",)),
     ):
@@ -95,9 +96,11 @@ def sumo(
         return slots | {"norm": norm} if limiter else slots
 
     def rebuilt(g: Tensor, slots: Slots, key: Key) -> Tensor:
-        if basis == "track" and slots["momentum_buffer"].any():
+        if basis == "track":
             x = g if linalg.tall(g) != other else g.mT
-            tracked: Tensor = torch.linalg.qr(x.mT @ (x @ slots["basis"]))[0]
+            old, seen = slots["basis"], slots["momentum_buffer"].abs().amax(MATRIX, keepdim=True) > 0
+            start = torch.where(seen, old, normal(key, tuple(old.shape[-2:]), g.device))
+            tracked: Tensor = torch.linalg.qr(x.mT @ (x @ start))[0]
             return tracked
         q = linalg.svd_basis(g, rank) if basis == "svd" else linalg.range_basis(g, rank, key, oversample=rank, power=2)
         if not other:
@@ -145,6 +148,10 @@ def sumo(
             outside = whole - inside  # below a millionth of the whole it is rounding
             weight = torch.where(outside > 1e-6 * whole, rho * s * sqrt(rank) * outside.rsqrt(), 0)
         step = hyper["lr"] * (sqrt(min(p.shape[-2:]) / rank) if isinstance(alpha, str) else alpha)
+        if perpendicular == "orthogonal":
+            outer = newton_schulz(g - linalg.lift(c, q, p, other)).float()
+            u = s * (linalg.lift(o, q, p, other) + rho * outer)
+            return -step * u - hyper["lr"] * hyper["weight_decay"] * p.float(), new
         inner = linalg.lift(weight * c - s * o, q, p, other)  # subtracted: a sum would become addmm, which copies g
         u = weight * g - inner if rho else -inner
         return -step * u - hyper["lr"] * hyper["weight_decay"] * p.float(), new

@@ -41,9 +41,11 @@ class Sumo(TrainConfig):
     """Leading directions of the gradient, randomized or exact, or the old ones after one subspace iteration."""
     moments: Literal["rotate", "keep", "reset"] = "rotate"
     """What happens to the moment when the basis changes."""
+    alpha: float | Literal["match"] = "match"
+    """Scale of the whole step; "match" gives the part inside the RMS of a full-rank update, sqrt(min(m, n) / rank)."""
     rho: float = 1.0
     """Weight of the gradient's part outside the subspace."""
-    perpendicular: Literal["raw", "normalized"] = "raw"
+    perpendicular: Literal["raw", "normalized", "orthogonal"] = "raw"
     """That part as it is, or with `rho` times the norm of the part inside."""
     orthogonalize: Literal["auto", "svd", "lq", "gram", "polar_express", "newton_schulz"] = "auto"
     """How the polar factor is computed; newton_schulz is Muon's inexact iteration."""
@@ -85,6 +87,7 @@ def rule(config: Sumo) -> Rule:
         nesterov=config.nesterov,
         basis=config.basis,
         moments=config.moments,
+        alpha=config.alpha,
         rho=config.rho,
         perpendicular=config.perpendicular,
         orthogonalize=config.orthogonalize,

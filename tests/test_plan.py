@@ -68,6 +68,8 @@ METHODS: dict[str, Callable[[Llama, Params], Optimizer]] = {
     "galore": plain(galore(16)),
     "snsm": plain(snsm(16)),
     "sumo": plain(sumo(16)),
+    "sumo, tracked": plain(sumo(16, 1, basis="track")),
+    "sumo, when it sees too little": plain(sumo(16, refresh_below=1e9)),
     "omgd": masked,
     "rso": subspaces,
 }
