@@ -15,7 +15,7 @@ from optimizers import core, linalg, projections
 from optimizers.core import PARKED, Group, Params, Slots, State
 from optimizers.random import Key
 
-from .ownership import Who, options
+from .ownership import Who, described
 from .tensorfile import CheckpointError
 
 EXACT = 512  # the shorter side up to which all singular values are computed; beyond, the leading ones
@@ -211,12 +211,26 @@ def in_range(index: Tensor, size: int) -> bool:
 
 
 def look(name: str, p: Tensor, slots: Slots | None, who: Who, parked: bool = False, rounded: bool = True) -> Look:
-    """One parameter and its slots, None where it has no state. `rounded`: updates are rounded to nearest.
+    """One parameter and its slots, None where it has no state. `rounded`: updates are rounded to nearest. Of a p
+    without memory (device "meta") there is nothing to measure.
 
     Raises CheckpointError where the slots cannot be its own.
     """
     status = "parked" if parked else "active" if slots is not None else "frozen"
     p, slots = p.detach(), slots or {}
+    measures, spectra = ({}, {}) if p.is_meta else measured(name, p, slots, who, rounded)
+    rank = next((slots[slot].shape[-1] for slot in ("P", "basis", "index") if slot in slots), None)
+    held = [Slot(s, kind(s, t), tuple(t.shape), _dtype(t), t.numel() * t.element_size()) for s, t in slots.items()]
+    size, active = p.numel() * p.element_size(), 0
+    if status == "active":
+        active = slots["entries"].numel() if "entries" in slots else p.numel()
+    return Look(name, who, status, tuple(p.shape), _dtype(p), size, active, held, rank, measures, spectra)
+
+
+def measured(
+    name: str, p: Tensor, slots: Slots, who: Who, rounded: bool
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The measures and spectra of one parameter. Raises CheckpointError where the slots cannot be its own."""
     check(name, p, slots)
     like = moved(p, slots)
     measures, spectra = {"weight_rms": rms(p)}, {}
@@ -233,7 +247,6 @@ def look(name: str, p: Tensor, slots: Slots | None, who: Who, parked: bool = Fal
             if prefix == "first":
                 measures["first_leading"] = leading(values, squared, min(x.shape[-2:]))
             spectra[slot] = values.reshape(-1, values.shape[-1]).mean(0)[:LEADING].tolist()
-    rank = next((slots[slot].shape[-1] for slot in ("P", "basis", "index") if slot in slots), None)
     if "basis" in slots:
         q = slots["basis"].float()
         measures["basis_error"] = basis_error(q)
@@ -243,11 +256,7 @@ def look(name: str, p: Tensor, slots: Slots | None, who: Who, parked: bool = Fal
         measures["update_rms"] = rms(delta)
         if p.dtype == torch.bfloat16 and rounded and (moving := delta != 0).any():
             measures["update_lost"] = float(((core.add(like, delta) == like) & moving).sum() / moving.sum())
-    held = [Slot(s, kind(s, t), tuple(t.shape), _dtype(t), t.numel() * t.element_size()) for s, t in slots.items()]
-    size, active = p.numel() * p.element_size(), 0
-    if status == "active":
-        active = like.numel() if "entries" in slots else p.numel()
-    return Look(name, who, status, tuple(p.shape), _dtype(p), size, active, held, rank, measures, spectra)
+    return measures, spectra
 
 
 def whole(p: Tensor, slots: Slots, who: Who) -> Tensor:
@@ -318,11 +327,9 @@ def scalars(params: Params, state: State, owner: Mapping[str, Group], factor: fl
     """`summary` of a model in training, as `optim/<rule>/<measure>`, a parameter at a time."""
     looks = []
     for name, p in params.items():
-        group = owner[name]
-        who = Who(group.name, group.rule.name, group.lr * factor, group.weight_decay, options(group.rule))
         parked = name not in state and PARKED + name in state
         slots = state.get(PARKED + name if parked else name)
-        looks.append(look(name, p, slots, who, parked, rounded)._replace(spectra={}))
+        looks.append(look(name, p, slots, described(owner[name], factor), parked, rounded)._replace(spectra={}))
     return {f"optim/{name.replace(' ', '-')}": value for name, value in summary(looks).items()}
 
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -48,24 +49,33 @@ def options(rule: Rule) -> dict[str, Any]:
     return found
 
 
+def described(group: Group, factor: float = 1.0) -> Who:
+    """The owner that a group is; `factor` is what the schedule makes of its learning rate."""
+    return Who(group.name, group.rule.name, group.lr * factor, group.weight_decay, options(group.rule))
+
+
 def rules(owner: Mapping[str, Group], factor: float) -> dict[str, str]:
-    """For the head of a checkpoint: rule, rate, decay and settings by group, and every parameter's group.
+    """For the head of a checkpoint: rule, rate, decay and settings by group, and every parameter's group. A group with
+    several rules is there several times, as "name", "name#2" and so on.
 
     `factor` is what the schedule made of the learning rates at the last step.
     """
-    groups = {group.name: group for group in owner.values()}
-    said = {
-        name: {
+    keys: dict[tuple[str, Rule], str] = {}
+    said: dict[str, Any] = {}
+    for group in owner.values():
+        same = sum(name == group.name for name, _ in keys)  # a mask may wrap the rule of a part of a group
+        key = keys.setdefault((group.name, group.rule), f"{group.name}#{same + 1}" if same else group.name)
+        said[key] = {
             "rule": group.rule.name,
             "lr": group.lr,
             "weight_decay": group.weight_decay,
             "gap": group.rule.gap,
             "options": options(group.rule),
         }
-        for name, group in groups.items()
-    }
-    owned = {"rate": factor, "groups": said, "group_of": {name: group.name for name, group in owner.items()}}
-    return {"optimizer": ",".join(group.rule.name for group in groups.values()), HEADING: json.dumps(owned)}
+    group_of = {name: keys[group.name, group.rule] for name, group in owner.items()}
+    names = {group.name: group.rule.name for group in owner.values()}
+    owned = {"rate": factor, "groups": said, "group_of": group_of}
+    return {"optimizer": ",".join(names.values()), HEADING: json.dumps(owned)}
 
 
 def read_rules(state: TensorFile) -> dict[str, Who]:
@@ -86,7 +96,7 @@ def read_rules(state: TensorFile) -> dict[str, Who]:
                 "weight_decay": float(wd) | int(wd),
                 "options": dict(own),
             }:
-                owners[name] = Who(group, rule, lr * rate, wd, own)
+                owners[name] = Who(re.sub(r"#\d+$", "", group), rule, lr * rate, wd, own)
             case entry:
                 raise CheckpointError(f"{state.file}: damaged, its head gives {name} to {group!r}, which is {entry!r}")
     return owners

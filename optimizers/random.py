@@ -17,19 +17,19 @@ def fold(key: int, *data: int | str) -> Key:
 
 
 def _generator(key: Key) -> torch.Generator:
-    return torch.Generator().manual_seed(key)
+    return torch.Generator("cpu").manual_seed(key)
 
 
 def normal(key: Key, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Standard normal float32, drawn on the host and moved: the same numbers on every device."""
-    return torch.randn(shape, generator=_generator(key)).to(device)
+    return torch.randn(shape, generator=_generator(key), device="cpu").to(device)
 
 
 def signs(key: Key, n: int, device: torch.device | str = "cpu") -> Tensor:
     """n independent signs, float32, each -1 or 1."""
-    return (torch.randint(0, 2, (n,), generator=_generator(key)) * 2 - 1).float().to(device)
+    return (torch.randint(0, 2, (n,), generator=_generator(key), device="cpu") * 2 - 1).float().to(device)
 
 
 def permutation(key: Key, n: int, device: torch.device | str = "cpu") -> Tensor:
     """A uniform permutation of range(n), int64."""
-    return torch.randperm(n, generator=_generator(key)).to(device)
+    return torch.randperm(n, generator=_generator(key), device="cpu").to(device)

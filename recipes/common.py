@@ -37,6 +37,7 @@ from models.sampling import generate
 from optimizers.core import UsageError, total_bytes
 from optimizers.random import fold
 from tools.generate import TOKENIZER
+from tools.inspect import inspect_fresh, write
 from tools.plan import Planned, answer
 from tools.plot import loss_curve
 from tools.prepare import Bar
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> Path:
     """
     config.check()
     if config.plan:
-        raise _planned(config)
+        raise _instead(config)
     watched = sys.stdout.isatty()  # what is printed are paths, patterns and samples: nothing in them is markup
     console = Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
     device = _device(config.device)
@@ -163,32 +164,44 @@ def _memory(config: TrainConfig, trainer: Trainer, vocabulary: int, epoch: int) 
     )
 
 
+def _instead(config: TrainConfig) -> Planned | SystemExit:
+    """What is asked for in the place of training: the memory that it takes, or what it would save at its start."""
+    asked = json.loads(config.plan)
+    if "inspect" not in asked:
+        return _planned(config, asked["vocabulary"])
+    with torch.device("meta"):
+        built = _built(config, _vocabulary(config))
+        report = inspect_fresh(f"recipes.{asked['inspect']}", built.params, built.optimizer, asked["match"])
+    write(report, asked["json"], Path(asked["png"]) if asked["png"] else None)
+    return SystemExit(0)
+
+
 def _planned(
-    config: TrainConfig,
-    vocabulary: int = 0,
-    epoch: int = 1000,
-    device: str = "",
-    steps: Sequence[int] = (),
+    config: TrainConfig, vocabulary: int = 0, epoch: int = 1000, device: str = "", steps: Sequence[int] = ()
 ) -> Planned:
     """The memory of this run, predicted. `epoch`, steps in a pass over the data, only matters to what turns."""
-    vocabulary = vocabulary or json.loads(config.plan or "{}").get("vocabulary", 0)
-    if not vocabulary:
-        byte = config.tokenizer == "byte"
-        vocabulary = PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer).vocab_size
+    vocabulary = vocabulary or _vocabulary(config)
     device = device or (config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-
-    def build() -> Built:
-        model = Llama(config.shape(vocabulary), seed=config.seed)
-        if config.precision.startswith("bf16"):
-            cast(model, torch.bfloat16)
-        params: dict[str, Tensor] = dict(model.named_parameters())
-        setup = Setup(model, params, epoch, fold(config.seed, "optimizer"))
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
-            optimizer = config.optimizer_for(setup)
-        return Built(cut(model), params, optimizer)
-
     kind = device.partition(":")[0]
-    return Planned(plan(build, config, kind, steps), kind)
+    return Planned(plan(lambda: _built(config, vocabulary, epoch), config, kind, steps), kind)
+
+
+def _vocabulary(config: TrainConfig) -> int:
+    """That of the tokenizer, or without one of the preset."""
+    byte = config.tokenizer == "byte"
+    return PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer).vocab_size
+
+
+def _built(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Built:
+    """What a run trains, on whatever tensors are made here: fake ones, or some without memory."""
+    model = Llama(config.shape(vocabulary), seed=config.seed)
+    if config.precision.startswith("bf16"):
+        cast(model, torch.bfloat16)
+    params: dict[str, Tensor] = dict(model.named_parameters())
+    setup = Setup(model, params, epoch, fold(config.seed, "optimizer"))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
+        optimizer = config.optimizer_for(setup)
+    return Built(cut(model), params, optimizer)
 
 
 def _device(name: str) -> torch.device:
@@ -272,7 +285,8 @@ def main(parse: Callable[[], Config], run: Callable[[Config], object]) -> None:
     """Parse flags, run, and turn what can go wrong into one line and an exit code."""
     try:
         config = parse()
-        if getattr(config, "plan", ""):
+        asked = json.loads(getattr(config, "plan", "") or "{}")
+        if "fit" in asked:
             raise SystemExit(answer(config, run))
         run(config)
     except UsageError as error:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import typeguard
+
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.config import RunConfig
 from models.llama import PRESETS, Llama, LlamaConfig
@@ -52,7 +54,7 @@ class TrainConfig(RunConfig):
     dry_run: bool = False
     """Print who trains what, and stop."""
     plan: str = ""
-    """What tools.plan asks, as JSON: predict memory and train nothing."""
+    """What tools.plan or tools.inspect asks, as JSON: answer, and train nothing."""
     swap: Literal["never", "convert", "only"] = "never"
     """With --resume: convert the state of the optimizer that the checkpoint was trained with to this one's; "only":
     save that and stop."""
@@ -128,22 +130,28 @@ class Setup(NamedTuple):
 
 def trained_by(saved: Checkpoint) -> TrainConfig:
     """The config that a checkpoint was trained with. Raises CheckpointError where it does not say."""
-    plain = saved.trainer["config"]
-    recipe = str(plain.get("recipe", ""))
     try:
+        plain = saved.trainer["config"]
+        recipe = str(plain["recipe"])
         module = importlib.import_module(f"recipes.{recipe.partition('-')[0]}")
         kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, TrainConfig)]
         kind = next(k for k in kinds if k.recipe == recipe)
         return from_plain(kind, plain)
-    except (ImportError, StopIteration, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{saved.path}: was trained by the recipe {recipe!r} with settings that this version does not know "
-            f"({error!r}); its optimizer's state cannot be read as another's"
-        ) from None
+    except (ImportError, StopIteration, LookupError, TypeError, ValueError) as error:
+        raise unknown(saved, error) from None
+
+
+def unknown(saved: Checkpoint, why: Exception) -> CheckpointError:
+    """For a checkpoint whose optimizer cannot be rebuilt."""
+    said = " ".join(f"{type(why).__name__}: {why}".split())
+    return CheckpointError(
+        f"{saved.path}: was trained by a recipe, or with settings, that this version does not know ({said[:200]}); its "
+        "optimizer's state cannot be read as another's"
+    )
 
 
 def from_plain(kind: type[TrainConfig], plain: Mapping[str, Any]) -> TrainConfig:
-    """A config from what `TrainConfig.plain` made of it."""
+    """A config from what `TrainConfig.plain` made of it. Raises TypeError where a value is of another type."""
     types = typing.get_type_hints(kind)
     given = {f.name: plain[f.name] for f in dataclasses.fields(kind) if f.name in plain}
     for name, value in given.items():
@@ -153,4 +161,10 @@ def from_plain(kind: type[TrainConfig], plain: Mapping[str, Any]) -> TrainConfig
             given[name] = Size(**value)
         elif isinstance(value, str) and Path in typing.get_args(types[name]):
             given[name] = Path(value)
+        try:
+            typeguard.check_type(
+                given[name], types[name], collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
+            )
+        except typeguard.TypeCheckError as error:
+            raise TypeError(f"{name}: {error}") from None
     return kind(**given)

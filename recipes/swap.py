@@ -21,7 +21,7 @@ from optimizers.convert import Row
 from optimizers.core import Optimizer, UsageError
 from optimizers.random import fold
 
-from .config import Setup, TrainConfig, trained_by
+from .config import Setup, TrainConfig, trained_by, unknown
 
 
 def source(saved: Checkpoint, setup: Setup) -> Optimizer:
@@ -31,7 +31,10 @@ def source(saved: Checkpoint, setup: Setup) -> Optimizer:
         model = Llama(setup.model.config)
     own = setup._replace(model=model, params=dict(model.named_parameters()), key=fold(config.seed, "optimizer"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
-        return config.optimizer_for(own)
+        try:
+            return config.optimizer_for(own)
+        except UsageError as error:
+            raise unknown(saved, error) from None
 
 
 def report(rows: Sequence[Row]) -> Table:

@@ -360,6 +360,43 @@ def test_where_a_traversal_stands(tmp_path, capsys):
     assert "# steps that each has trained: " in out and "# the next step trains mask " in out
 
 
+# What a run would save.
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "snsm demo --rank 4 --precision bf16-sr",
+        "sumo demo --rank 4",
+        "omgd pretrain --active 1 --period 2step --state-policy keep",
+        "rso demo --rank 4 --form products",
+    ],
+)
+def test_a_fresh_state_is_that_of_the_first_checkpoint(line, tmp_path):
+    folder = corpus(tmp_path)
+    assert here(folder, f"{line} {TINY} --steps 1 --out run").code == 0
+    asked = {"inspect": line, "json": True, "png": str(tmp_path / "page.png"), "match": ""}
+    done = here(folder, f"{line} {TINY} --plan '{json.dumps(asked)}'")
+    assert done.code == 0, done.err
+    fresh, saved = json.loads(done.out), tool.plain(tool.inspect(tmp_path / "run"))
+    assert fresh["path"] == f"recipes.{line}" and fresh["step"] == 0 and fresh["measures"] == {}
+    first = "model.embed_tokens.weight"  # one row a token: without data that is the preset's number of them
+    same = ("name", "group", "rule", "weight_decay", "options", "status", "dtype", "active", "rank", "slots")
+    for one, other in zip(fresh["parameters"], saved["parameters"], strict=True):
+        if one["name"] not in (first, "lm_head.weight"):
+            assert {key: one[key] for key in same} == {key: other[key] for key in same}
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_asks_the_recipe(capfd):
+    line = "snsm 1b --model 7b --rank 1024 --precision bf16-sr"
+    assert tool.main(["--fresh", line, "--match", "layers.31"]) == 0
+    out = capfd.readouterr().out
+    assert f"# recipes.{line}, step 0, 9 of 291 tensors" in out
+    assert "# bases: 117,440,512 bytes" in out
+    assert "exp_avg_sq:4096×1:float32" in out
+
+
 # What it refuses.
 
 
@@ -374,6 +411,10 @@ def test_arguments_that_mean_nothing(run, capsys, tmp_path):
     assert "regular expression" in refused(capsys, 2, run, "--match", "(")
     assert "finds none" in refused(capsys, 2, run, "--match", "conv")
     assert "PATH" in refused(capsys, 2, tmp_path)
+    assert "one of the two" in refused(capsys, 2)
+    assert "one of the two" in refused(capsys, 2, run, "--fresh", "snsm demo")
+    assert "a recipe and its flags" in refused(capsys, 2, "--fresh", "../x")
+    assert "not moved yet" in refused(capsys, 2, "--fresh", "snsm demo", "--compare", run)
     assert call(capsys, run, "--png", tmp_path / "nowhere" / "x.png")[0] == 1
 
 

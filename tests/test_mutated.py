@@ -21,6 +21,8 @@ from test_recipes import TINY, corpus, here
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.trainer import Trainer
+from recipes import common, swap
+from recipes.config import Setup
 from tools.inspect import inspect, plain
 
 MODEL, CONFIG, OPTIMIZER, TRAINER = "model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"
@@ -28,17 +30,18 @@ FILES = (MODEL, CONFIG, OPTIMIZER, TRAINER)
 TENSORS = (MODEL, OPTIMIZER)
 SAME_SIZE = {"F32": ["I32", "U32"], "F64": ["I64"], "BF16": ["F16", "I16"], "I64": ["F64"], "I8": ["U8", "BOOL"]}
 ODD: list[Any] = [None, True, -1, 0.5, "", "x", [], {}, [1], {"a": 1}, 10**30, math.inf, math.nan]
-RUNS = ("baseline --optimizer galore --rank 4 --precision bf16", "snsm demo --rank 4 --proj-type srht")
+RUNS = {"baseline --optimizer galore --rank 4": "--precision bf16", "snsm demo --rank 4 --proj-type srht": ""}
 
 
 class Base(NamedTuple):
-    """A run, ready to resume from the checkpoint that it left."""
+    """A run, ready to resume from the checkpoint that it left, and one of AdamW that can take over from it."""
 
     folder: Path
     other: Path  # a checkpoint of an earlier step
     trainer: Trainer
-    truth: dict[str, Any]  # what `resumed` gives on it
-    report: str
+    adamw: Trainer
+    setup: Setup
+    truths: dict[str, dict[str, Any]]  # what each of READERS gives on it
 
 
 def sealed(folder: Path) -> None:
@@ -193,8 +196,20 @@ def meta(draw: random.Random, folder: Path, base: Base) -> None:
     sealed(folder)
 
 
+def settings(draw: random.Random, folder: Path) -> None:
+    """What the recipe was told, of a kind that it is never told."""
+    record = json.loads((folder / TRAINER).read_text())
+    config = record["config"]
+    key = draw.choice([*config, "recipe", "rank", "size"])
+    config[key] = draw.choice([value for value in (None, "", "x", [], {}, [1], {"a": 1}) if value != config[key]])
+    seal(folder, record)
+
+
 def facts(draw: random.Random, folder: Path, base: Base) -> None:
     """What trainer.json or config.json says: a thing of the wrong kind, or nothing."""
+    if draw.random() < 0.25:
+        settings(draw, folder)
+        return
     if draw.random() < 0.3:
         content = json.loads((folder / CONFIG).read_text())
         key = draw.choice([key for key in content if content[key] is not None])
@@ -226,13 +241,23 @@ MUTATIONS: dict[Callable[[random.Random, Path, Base], None], int] = {
 # What reads them. Each gives what it understood, as something to compare, or raises CheckpointError.
 
 
-def resumed(path: Path, base: Base) -> dict[str, Any]:
-    trainer = base.trainer
-    trainer.resume(checkpoint.load(path))
+def holds(trainer: Trainer) -> dict[str, Any]:
     step = trainer.step
     state = {f"{name}/{slot}": t for name, slots in step.state.items() for slot, t in slots.items()}
     content = {name: t.detach().clone() for name, t in {**step.params, **state}.items()}
     return content | {"step": trainer.done, "position": trainer.position, "previous": step.previous.clone()}
+
+
+def resumed(path: Path, base: Base) -> dict[str, Any]:
+    base.trainer.resume(checkpoint.load(path))
+    return holds(base.trainer)
+
+
+def swapped(path: Path, base: Base) -> dict[str, Any]:
+    """As a recipe does with --swap, and so tools.swap: AdamW takes over."""
+    whole = checkpoint.load(path)
+    base.adamw.resume(whole, swap.source(whole, base.setup))
+    return holds(base.adamw)
 
 
 def inspected(path: Path, base: Base) -> dict[str, Any]:
@@ -241,7 +266,11 @@ def inspected(path: Path, base: Base) -> dict[str, Any]:
     return content
 
 
-READERS: dict[str, Callable[[Path, Base], dict[str, Any]]] = {"resume": resumed, "inspect": inspected}
+READERS: dict[str, Callable[[Path, Base], dict[str, Any]]] = {
+    "resume": resumed,
+    "swap": swapped,
+    "inspect": inspected,
+}
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -253,18 +282,23 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module", params=RUNS)
 def base(request, tmp_path_factory) -> Base:
+    shared = f"{TINY} {RUNS[request.param]} --steps 4 --no-check-memory"
     folder = corpus(tmp_path_factory.mktemp("mutated"))
     trainers: list[Trainer] = []
+    setups: list[Setup] = []
     train = Trainer.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train", lambda self, *given: (trainers.append(self), train(self, *given))[1])
-        done = here(folder, f"{request.param} {TINY} --steps 4 --save-every 3 --out run")
-    assert done.code == 0, done.err
+        patch.setattr(common, "Setup", lambda *given: (setups.append(Setup(*given)), setups[-1])[1])
+        for line in (f"{request.param} --save-every 3 --out run", "baseline --out adamw"):
+            done = here(folder, f"{line} {shared}")
+            assert done.code == 0, done.err
     path = folder / "run" / "step-00000004"
-    empty = Base(path, folder / "run" / "step-00000003", trainers[0], {}, "")
-    report = inspected(path, empty)
-    assert {"galore", "snsm"} & report["rules"].keys()
-    return empty._replace(truth=resumed(path, empty), report=json.dumps(report["parameters"]))
+    empty = Base(path, folder / "run" / "step-00000003", *trainers, setups[-1], {})
+    made = empty._replace(truths={name: reader(path, empty) for name, reader in READERS.items()})
+    assert {"galore", "snsm"} & made.truths["inspect"]["rules"].keys()
+    assert not same(made.truths["resume"], made.truths["swap"])
+    return made
 
 
 def mutate(base: Base, folder: Path, count: int, seed: int) -> dict[str, int]:
@@ -288,11 +322,12 @@ def mutate(base: Base, folder: Path, count: int, seed: int) -> dict[str, int]:
             except Exception as error:
                 raise AssertionError(f"{what}: {name} failed with {error!r}") from error
             else:
-                if name == "resume":
-                    told = same(got, base.truth)
-                    assert told, f"{what}: resumed with something else, and said nothing"
-                elif name == "inspect" and mutation in (truncate, flip, foreign):
-                    assert json.dumps(got["parameters"]) == base.report, f"{what}: inspect shows something else"
+                if name != "inspect":
+                    told = same(got, base.truths[name])
+                    assert told, f"{what}: {name} made something else of it, and said nothing"
+                elif mutation in (truncate, flip, foreign):
+                    shown, true = (json.dumps(report["parameters"]) for report in (got, base.truths[name]))
+                    assert shown == true, f"{what}: inspect shows something else"
     return refused
 
 
@@ -310,7 +345,8 @@ def test_two_thousand_mutated_checkpoints(base, tmp_path):
 
 def test_the_comparison_sees_a_bit(base):
     """Of what the resumed run holds: the check above, checked to fail."""
-    name = next(name for name, t in base.truth.items() if isinstance(t, torch.Tensor) and t.numel() > 4)
-    other = base.truth[name].clone()
+    truth = base.truths["resume"]
+    name = next(name for name, t in truth.items() if isinstance(t, torch.Tensor) and t.numel() > 4)
+    other = truth[name].clone()
     other.view(-1).view(torch.uint8)[3] ^= 1
-    assert same(base.truth, dict(base.truth)) and not same(base.truth, {**base.truth, name: other})
+    assert same(truth, dict(truth)) and not same(truth, {**truth, name: other})

@@ -18,7 +18,7 @@ from optimizers.adamw import adamw
 from optimizers.core import Group, Rule, Slots, UsageError, add, partition, refresh, route, stagger, state_bytes
 from optimizers.galore import galore
 from optimizers.muon import muon
-from optimizers.random import Key, fold
+from optimizers.random import Key, fold, normal, permutation, signs
 from optimizers.sgd import sgd
 from optimizers.snsm import adagrad_sn, adagrad_snsm, adam_sm, adam_sn, adam_snsm, rmsprop_sn, sgd_sm, snsm
 from optimizers.sumo import sumo, sumo_paper, sumo_release
@@ -407,3 +407,12 @@ def test_project_and_lift_are_adjoint_and_decide_the_side():
         c = randn(*linalg.project(g, q).shape, seed=2)
         inner = (linalg.project(g, q) * c).sum()
         torch.testing.assert_close(inner, (g * linalg.lift(c, q, g)).sum())
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: normal(Key(1), (3, 2)), lambda: signs(Key(1), 9), lambda: permutation(Key(1), 9)]
+)
+def test_draws_are_the_same_whatever_device_is_the_default(draw):
+    with torch.device("meta"):
+        drawn = draw()
+    assert drawn.equal(draw())

@@ -1,4 +1,5 @@
-"""What is in a checkpoint, parameter by parameter: `python -m tools.inspect RUN`.
+"""What is in a checkpoint, parameter by parameter: `python -m tools.inspect RUN`; or what one would hold, before
+anything is allocated: `python -m tools.inspect --fresh "snsm 1b --model 7b --rank 1024"`.
 
 Prints a table on a terminal. Piped, it prints lines that start with "# " (totals) and then tab-separated values with a
 heading. Tensors are read one at a time. Exit codes: 0 done, 1 failure, 2 bad arguments, 5 unusable checkpoint.
@@ -6,7 +7,7 @@ heading. Tensors are read one at a time. Exit codes: 0 done, 1 failure, 2 bad ar
 --json prints one object:
 
     schema       1
-    path, step   the checkpoint, and how many optimizer steps it has behind it
+    path, step   the checkpoint (the recipe, with --fresh), and how many optimizer steps it has behind it
     compared     {path, step} of the older of the two, with --compare
     bytes        {kind: bytes} of weights and optimizer state
     adamw_bytes  what AdamW's moments would take in float32
@@ -24,8 +25,10 @@ import json
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -39,8 +42,8 @@ from rich.table import Table
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Reader
 from engine.inspection import KINDS, MEASURES, Look, compared, counts, look, summary
-from engine.ownership import Who, read_rules
-from optimizers.core import PARKED, Slots, UsageError
+from engine.ownership import Who, described, read_rules
+from optimizers.core import PARKED, Optimizer, Params, Slots, UsageError
 from optimizers.traversal import describe
 
 from .inspect_page import draw, place
@@ -68,8 +71,10 @@ BETWEEN = ("change", "change_rms", "change_captured", "overlap", "moment_capture
 class Inspect:
     """What is in a checkpoint: who trains what, how large it is, how it is doing."""
 
-    path: tyro.conf.Positional[Path]
+    path: tyro.conf.Positional[Path | None] = None
     """A run's folder, of which the newest whole checkpoint is used, or one step-* folder."""
+    fresh: str = ""
+    """In the place of PATH a recipe and its flags: what it would save before its first step."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print one JSON object instead of tables."""
     png: Path | None = None
@@ -81,12 +86,18 @@ class Inspect:
 
 
 class Report(NamedTuple):
-    """A checkpoint, looked at."""
+    """A checkpoint, looked at. `older` is the path and step of the one that it is compared with."""
 
-    reader: Reader
-    older: Reader | None
+    path: str
+    step: int
+    older: tuple[str, int] | None
+    tensors: int  # of the model, of which `looks` may be a part
     looks: list[Look]
     traversal: dict[str, Any] | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.path}, step {self.step}"
 
 
 def find(path: Path) -> Path:
@@ -105,18 +116,35 @@ def find(path: Path) -> Path:
 
 def inspect(path: Path, compare: Path | None = None, match: str = "") -> Report:
     """Look at every parameter that matches. Raises CheckpointError, UsageError."""
-    try:
-        pattern = re.compile(match)
-    except re.error as error:
-        raise UsageError(f"--match: got {match!r}, which is no regular expression: {error}") from None
     reader, older = checkpoint.read(find(path)), checkpoint.read(find(compare)) if compare else None
     if older is not None and older.step > reader.step:
         reader, older = older, reader
-    names = [name for name in reader.params.names if pattern.search(name)]
-    if not names:
-        raise UsageError(f"--match: {match!r} finds none of the parameters, such as {list(reader.params.names)[:3]}")
-    looks = list(_looks(reader, older, names))
-    return Report(reader, older, looks, _traversal(reader))
+    looks = list(_looks(reader, older, matching(reader.params.names, match)))
+    before = (str(older.path), older.step) if older else None
+    tensors = len(set(reader.params.names.values()))
+    return Report(str(reader.path), reader.step, before, tensors, looks, _traversal(reader))
+
+
+def inspect_fresh(what: str, params: Params, optimizer: Optimizer, match: str = "") -> Report:
+    """The state that `optimizer` begins with. `params` may have no memory (device "meta"). Raises UsageError."""
+    state, looks = optimizer.init(params), []
+    for name in matching(params, match):
+        parked = name not in state and PARKED + name in state
+        who = described(optimizer.owner[name])
+        looks.append(look(name, params[name], state.get(PARKED + name if parked else name), who, parked))
+    masks = describe(optimizer.about, params, 0) if "traversal" in optimizer.about else None
+    return Report(what, 0, None, len(params), looks, masks)
+
+
+def matching(names: Iterable[str], match: str) -> list[str]:
+    """Those that the regular expression finds. Raises UsageError where it is none, or finds nothing."""
+    try:
+        found = [name for name in names if re.search(match, name)]
+    except re.error as error:
+        raise UsageError(f"--match: got {match!r}, which is no regular expression: {error}") from None
+    if not found:
+        raise UsageError(f"--match: {match!r} finds none of the parameters, such as {list(names)[:3]}")
+    return found
 
 
 def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterator[Look]:
@@ -190,9 +218,9 @@ def plain(report: Report) -> dict[str, Any]:
     sizes, adamw = totals(report.looks)
     numbers = summary(report.looks)
     used = {measure for one in report.looks for measure in one.measures}
-    content: dict[str, Any] = {"schema": 1, "path": str(report.reader.path), "step": report.reader.step}
+    content: dict[str, Any] = {"schema": 1, "path": report.path, "step": report.step}
     if report.older:
-        content["compared"] = {"path": str(report.older.path), "step": report.older.step}
+        content["compared"] = dict(zip(("path", "step"), report.older, strict=True))
     content |= {"bytes": sizes, "adamw_bytes": adamw}
     content["rules"] = {
         rule: own | {"measures": {k.partition("/")[2]: v for k, v in numbers.items() if k.partition("/")[0] == rule}}
@@ -241,13 +269,10 @@ def headlines(report: Report) -> list[str]:
     """What the checkpoint is and what it takes, a line each."""
     sizes, adamw = totals(report.looks)
     state = sum(size for kind, size in sizes.items() if kind != "weights")
-    names = report.reader.params.names
-    some = f", {len(report.looks)} of {len(set(names.values()))} tensors" * (
-        len(report.looks) < len(set(names.values()))
-    )
-    lines = [f"{report.reader.path}, step {report.reader.step}{some}"]
+    some = f", {len(report.looks)} of {report.tensors} tensors" if len(report.looks) < report.tensors else ""
+    lines = [report.title + some]
     if report.older:
-        lines.append(f"compared with {report.older.path}, step {report.older.step}")
+        lines.append("compared with {}, step {}".format(*report.older))
     lines += [f"{kind}: {size:,} bytes ({size / 2**20:.2f} MiB)" for kind, size in sizes.items()]
     lines.append(f"optimizer state: {state / 2**20:.2f} MiB, {state / adamw:.1%} of AdamW's in float32")
     for rule, own in counts(report.looks).items():
@@ -343,29 +368,51 @@ def short(looks: Sequence[Look]) -> dict[str, str]:
     return found if len(set(found.values())) == len(found) else {name: name for name in found}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(Inspect, args=argv, description=__doc__)
+def write(report: Report, json_: bool, png: Path | None) -> None:
+    """As the command line asks for it."""
+    console = Console(markup=False, emoji=False, highlight=False)
     try:
-        report = inspect(args.path, args.compare, args.match)
-        console = Console(markup=False, emoji=False, highlight=False)
-        if args.json:
+        if json_:
             print(json.dumps(plain(report), indent=1))
         elif console.is_terminal:
             write_rich(report, console)
         else:
             write_plain(report)
-        if args.png:
-            draw(args.png, report.looks, *totals(report.looks), f"{report.reader.path}, step {report.reader.step}")
-            print(args.png, file=sys.stderr if args.json else sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if png:
+        draw(png, report.looks, *totals(report.looks), report.title)
+        print(png, file=sys.stderr if json_ else sys.stdout)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = tyro.cli(Inspect, args=argv, description=__doc__)
+    try:
+        if (args.path is None) != bool(args.fresh):
+            raise UsageError("expected the PATH of a run or a checkpoint, or --fresh and a recipe; one of the two")
+        if args.path is None:
+            return _ask(args)
+        write(inspect(args.path, args.compare, args.match), args.json, args.png)
     except CheckpointError as error:
         return _fail(error, 5)
     except UsageError as error:
         return _fail(error, 2)
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         return _fail(error, 1)
     return 0
+
+
+def _ask(args: Inspect) -> int:
+    """Have the recipe, as a process, answer in the place of training; returns its exit code. Raises UsageError."""
+    recipe, *flags = shlex.split(args.fresh) or [""]
+    if not recipe.isidentifier():
+        raise UsageError(f"--fresh: got {args.fresh!r}, expected a recipe and its flags, such as 'snsm 1b --model 7b'")
+    if args.compare:
+        raise UsageError("--compare: a fresh state has not moved yet; give the PATH of a checkpoint")
+    png = str(args.png) if args.png else None
+    asked = {"inspect": args.fresh, "json": args.json, "png": png, "match": args.match}
+    return subprocess.call([sys.executable, "-m", f"recipes.{recipe}", *flags, "--plan", json.dumps(asked)])
 
 
 def _fail(error: Exception, code: int) -> int:
