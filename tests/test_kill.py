@@ -10,7 +10,7 @@ import pytest
 from test_recipes import ONE_THREAD, ROOT, TINY, corpus, here
 from test_resume import assert_identical
 
-KILLS = int(os.environ.get("KILLS", "100"))  # in all, shared between the runs
+KILLS = int(os.environ.get("KILLS", "180"))  # in all, shared between the runs
 EVERY = 3  # steps between checkpoints: a large part of the time is spent writing them
 STEPS = 100 * EVERY
 
@@ -20,6 +20,10 @@ RUNS = {
     "galore, in the background": "baseline --optimizer galore --rank 4 --update-proj-gap 5 --save-async on",
     "muon, two micro-batches": "baseline --optimizer muon --accumulation 2 --clip previous",
     "omgd, at turns": "omgd pretrain --active 1 --period 4step",
+    "rso, at turns": "rso demo --rank 4 --period 5 --form products",
+    "lisa": "baseline --optimizer lisa --active 1 --period 5step",
+    "sgd": "baseline --optimizer sgd",
+    "sumo": "sumo demo --rank 4 --update-proj-gap 5",
     "snsm, bf16, in the background": "snsm demo --rank 4 --update-proj-gap 7 --precision bf16-sr --save-async on",
 }
 
