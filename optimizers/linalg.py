@@ -117,6 +117,14 @@ def random_basis(p: Tensor, rank: int, key: Key) -> Tensor:
     return q.expand(*p.shape[:-2], *q.shape).contiguous()
 
 
+def new_basis(old: Tensor, key: Key) -> Tensor:
+    """Random orthonormal directions away from those of `old` (..., side, r), as far as there are others; a zero `old`
+    leaves them free. Within a batch each matrix stays away from its own."""
+    y = normal(key, tuple(old.shape[-2:]), old.device)
+    q: Tensor = torch.linalg.qr(y - (1 - 1e-4) * old @ (old.mT @ y))[0]  # a trace remains: all may be needed
+    return q.contiguous()
+
+
 def keep_unless_ok(new: Tensor, old: Tensor, ok: Tensor) -> Tensor:
     """new where ok (0-d bool), else old; no host synchronisation."""
     return torch.where(ok, new, old).contiguous()

@@ -14,15 +14,20 @@ mu = 0.95, s and alpha (its "projection back scale", 4 at rank 4 and 2 at rank 8
 
 Where this differs. The shorter side is projected, as in the released code; `side="longer"` is the side that the paper
 prints. `sumo_paper` is the algorithm above, `sumo_release` that code: an exact SVD, coordinates of the old basis kept
-in the new one, alpha = 4, and a Nesterov step that is written back into M, which makes its decay mu^2. `sumo` is what
-we recommend: Nesterov's step X = Ĝ + mu M orthogonalised in M's place and not written back, and alpha = sqrt(min(m,
-n) / r), which gives s Q O the RMS 0.2 of a full-rank update. It has no limiter: where O is exact ||O|| is sqrt(r)
-always. With `refresh_below` a basis is rebuilt when ||Ĝ|| falls to that bound (the theory's criterion) instead of every
-K steps. A zero moment moves nothing; null directions of any other are completed as `polar` says. A matrix whose
-gradient is not finite keeps basis and moment at a refresh, and `update` takes it for zero; the engine stops the run.
+in the new one, alpha = 4, and a Nesterov step that is written back into M, which makes its decay mu^2.
 
-Ours: `basis="track"` multiplies the old basis by G G^T once, which is cheap enough for a small K, and
-`perpendicular="normalized"` gives G - Q Ĝ, whatever its size, rho times the Frobenius norm of s Q O.
+`sumo` is what we recommend. Its Q is drawn at random away from the old one, so that in n / r gaps the moment has been
+everywhere: on text this learned more than the leading directions of G, which hold most of G and little of what is to be
+learned (docs/results; of SGD: Song, Ahn & Yun, arXiv 2405.16002). `basis="range"` is those. The step X = Ĝ + mu M
+is orthogonalised in M's place and not written back, and alpha = sqrt(min(m, n) / r) gives s Q O the RMS 0.2 of a
+full-rank update. It has no limiter: where O is exact ||O|| is sqrt(r) always. With `refresh_below` a basis is rebuilt
+when ||Ĝ|| falls to that bound (the theory's criterion) instead of every K steps. A zero moment moves nothing; null
+directions of any other are completed as `polar` says. A matrix whose gradient is not finite keeps basis and moment at a
+refresh, and `update` takes it for zero; the engine stops the run.
+
+Ours too: `basis="track"` multiplies the old basis by G G^T once, which is cheap enough for a small K;
+`perpendicular="normalized"` gives G - Q Ĝ, whatever its size, rho times the Frobenius norm of s Q O, "orthogonal" makes
+it s rho times its factor by Muon's iteration: as SUMO in memory, as Muon in time.
 """
 
 from functools import partial
@@ -45,7 +50,7 @@ def sumo(
     update_proj_gap: int = 200,
     momentum: float = 0.95,
     nesterov: str = "correct",
-    basis: str = "range",
+    basis: str = "random",
     moments: str = "rotate",
     side: str = "shorter",
     refresh_below: float | None = None,
@@ -60,8 +65,8 @@ def sumo(
     """The family; its defaults are the recommended setting.
 
     nesterov       "correct", "none" (heavy ball), "release"
-    basis          "range" (randomized, 2 r directions, 2 power iterations), "svd", "track" (one subspace iteration from
-                   the old basis; at first, from a random one)
+    basis          "random" (away from the old one), "range" (the leading directions of G, randomized: 2 r directions, 2
+                   power iterations), "svd", "track" (one subspace iteration from the old basis; at first, a random one)
     moments        what a refresh does to M: "rotate", "keep" (its coordinates, now of another basis), "reset"
     alpha          "match" or a number
     orthogonalize  a method of `polar`
@@ -72,7 +77,7 @@ def sumo(
     """
     for option, got, known in (
         ("nesterov", nesterov, ("correct", "none", "release")),
-        ("basis", basis, ("range", "svd", "track")),
+        ("basis", basis, ("range", "svd", "track", "random")),
         ("moments", moments, ("rotate", "keep", "reset")),
         ("side", side, ("shorter", "longer")),
         ("perpendicular", perpendicular, ("raw", "normalized", "orthogonal")),
@@ -95,19 +100,24 @@ def sumo(
         slots = {"basis": linalg.first_basis(p, rank, other), "momentum_buffer": m}
         return slots | {"norm": norm} if limiter else slots
 
-    def rebuilt(g: Tensor, slots: Slots, key: Key) -> Tensor:
-        if basis == "track":
-            x = g if linalg.tall(g) != other else g.mT
-            old, seen = slots["basis"], slots["momentum_buffer"].abs().amax(MATRIX, keepdim=True) > 0
-            start = torch.where(seen, old, normal(key, tuple(old.shape[-2:]), g.device))
-            tracked: Tensor = torch.linalg.qr(x.mT @ (x @ start))[0]
-            return tracked
+    def leading(g: Tensor, key: Key) -> Tensor:
         q = linalg.svd_basis(g, rank) if basis == "svd" else linalg.range_basis(g, rank, key, oversample=rank, power=2)
         if not other:
             return q
         images = linalg.project(g, q)  # of the leading directions of one side: those of the other
         across: Tensor = torch.linalg.qr(images if linalg.tall(g) else images.mT)[0]
         return across
+
+    def rebuilt(g: Tensor, slots: Slots, key: Key) -> Tensor:
+        old, seen = slots["basis"], slots["momentum_buffer"].abs().amax(MATRIX, keepdim=True) > 0
+        if basis == "random":
+            return linalg.new_basis(torch.where(seen, old, 0), key)
+        if basis == "track":
+            x = g if linalg.tall(g) != other else g.mT
+            start = torch.where(seen, old, normal(key, tuple(old.shape[-2:]), g.device))
+            tracked: Tensor = torch.linalg.qr(x.mT @ (x @ start))[0]
+            return tracked
+        return leading(g, key)
 
     def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
         old, m, ok = slots["basis"], slots["momentum_buffer"], linalg.informative(g)
@@ -162,14 +172,14 @@ def sumo(
 
     def adopt(given: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
         assert given.first is not None
-        slots, _ = refresh(given.first, slots, key)
-        m = linalg.project(given.first, slots["basis"], other) / (1 - momentum)
-        return slots | {"momentum_buffer": m.contiguous()}, "projected"
+        q = leading(given.first, key).contiguous()  # of what was learned, whatever comes at the next refresh
+        m = linalg.project(given.first, q, other) / (1 - momentum)
+        return slots | {"basis": q, "momentum_buffer": m.contiguous()}, "projected"
 
     return Rule(name, init, update, refresh, update_proj_gap if refresh_below is None else 1, 0, export, adopt)
 
 
-sumo_paper = partial(sumo, nesterov="none", limiter=1.1, alpha=1.0, name="sumo_paper")
+sumo_paper = partial(sumo, nesterov="none", basis="range", limiter=1.1, alpha=1.0, name="sumo_paper")
 sumo_release = partial(
     sumo, nesterov="release", basis="svd", moments="keep", limiter=1.1, alpha=4.0, name="sumo_release"
 )

@@ -20,7 +20,7 @@ from rich.console import Console
 from optimizers import sumo
 from optimizers.core import Group, Params, Rule, UsageError
 
-from . import condition
+from . import sumo_condition as condition
 from .common import main, train
 from .config import TrainConfig, groups_for
 
@@ -37,8 +37,9 @@ class Sumo(TrainConfig):
     """Decay of the moment."""
     nesterov: Literal["correct", "none", "release"] = "correct"
     """Orthogonalise the moment one step ahead, or as it is, or as the released code does."""
-    basis: Literal["range", "svd", "track"] = "range"
-    """Leading directions of the gradient, randomized or exact, or the old ones after one subspace iteration."""
+    basis: Literal["random", "range", "svd", "track"] = "random"
+    """Random directions, away from the old ones; leading ones of the gradient, randomized or exact; or the old ones
+    after one subspace iteration."""
     moments: Literal["rotate", "keep", "reset"] = "rotate"
     """What happens to the moment when the basis changes."""
     alpha: float | Literal["match"] = "match"
@@ -46,7 +47,7 @@ class Sumo(TrainConfig):
     rho: float = 1.0
     """Weight of the gradient's part outside the subspace."""
     perpendicular: Literal["raw", "normalized", "orthogonal"] = "raw"
-    """That part as it is, or with `rho` times the norm of the part inside."""
+    """That part as it is; with `rho` times the norm of the part inside; or orthogonalised too, as Muon does it."""
     orthogonalize: Literal["auto", "svd", "lq", "gram", "polar_express", "newton_schulz"] = "auto"
     """How the polar factor is computed; newton_schulz is Muon's inexact iteration."""
 
@@ -133,7 +134,7 @@ PRESETS = {
     "1b": ("Rank 512, 100,000 steps.", paper("1b", 512, 100_000)),
     "condition": (
         "The demo, measured: condition numbers and spectra of the moments, beside Newton-Schulz's error.",
-        Condition(lr=6e-3, rest_lr=3e-2, update_proj_gap=50, steps=200),
+        Condition(lr=6e-3, rest_lr=3e-2, update_proj_gap=50, steps=200, basis="range"),
     ),
 }
 

@@ -7,7 +7,7 @@ from test_recipes import TINY, corpus, here
 
 from optimizers.muon import newton_schulz
 from optimizers.random import normal
-from recipes.condition import measure, summary
+from recipes.sumo_condition import measure, summary
 
 
 def test_a_known_spectrum_is_found() -> None:

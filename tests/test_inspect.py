@@ -24,6 +24,7 @@ from optimizers.galore import galore
 from optimizers.random import Key, normal
 from optimizers.snsm import snsm
 from tools import inspect as tool
+from tools.inspect_report import plain, write_rich
 
 GALORE = f"baseline --optimizer galore --rank 4 --update-proj-gap 5 {TINY} --precision bf16 --weight-decay 0.1"
 
@@ -296,7 +297,7 @@ def test_a_match_keeps_what_it_finds(run, capsys):
 def test_tables_fit_the_terminal(run, width):
     file = io.StringIO()
     report = tool.inspect(run, run / "step-00000012")
-    tool.write_rich(report, Console(file=file, force_terminal=True, width=width, color_system=None))
+    write_rich(report, Console(file=file, force_terminal=True, width=width, color_system=None))
     said = file.getvalue()
     assert "…" not in said, "nothing is cut"
     rows = [line for line in said.splitlines() if line.startswith(" 1 q_proj")]
@@ -378,7 +379,7 @@ def test_a_fresh_state_is_that_of_the_first_checkpoint(line, tmp_path):
     asked = {"inspect": line, "json": True, "png": str(tmp_path / "page.png"), "match": ""}
     done = here(folder, f"{line} {TINY} --plan '{json.dumps(asked)}'")
     assert done.code == 0, done.err
-    fresh, saved = json.loads(done.out), tool.plain(tool.inspect(tmp_path / "run"))
+    fresh, saved = json.loads(done.out), plain(tool.inspect(tmp_path / "run"))
     assert fresh["path"] == f"recipes.{line}" and fresh["step"] == 0 and fresh["measures"] == {}
     first = "model.embed_tokens.weight"  # one row a token: without data that is the preset's number of them
     same = ("name", "group", "rule", "weight_decay", "options", "status", "dtype", "active", "rank", "slots")

@@ -23,7 +23,8 @@ from engine.checkpoint import CheckpointError
 from engine.trainer import Trainer
 from recipes import common, swap
 from recipes.config import Setup
-from tools.inspect import inspect, plain
+from tools.inspect import inspect
+from tools.inspect_report import plain
 
 MODEL, CONFIG, OPTIMIZER, TRAINER = "model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"
 FILES = (MODEL, CONFIG, OPTIMIZER, TRAINER)

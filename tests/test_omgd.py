@@ -45,6 +45,7 @@ from optimizers.traversal import (
     traversal,
 )
 from recipes import omgd as recipe
+from recipes import omgd_toy as toys
 
 ROOT = Path(__file__).resolve().parent.parent
 LR, DECAY, EPS, KEY = 1e-2, 0.1, 1e-4, Key(3)
@@ -750,7 +751,7 @@ def test_the_toy_tells_masks_of_a_traversal_from_masks_drawn_every_step(tmp_path
     assert done.code == 0, done.err
     found = json.loads((out / "toy.json").read_text())["rates"]
     assert (out / "toy.png").stat().st_size > 10_000
-    assert all(way in done.out for way in recipe.WAYS)
+    assert all(way in done.out for way in toys.WAYS)
     for way in ("no mask", "wor, epochwise", "wor, joint"):
         assert found[way]["slope"] <= -1.8, found
     for way in ("iid, per step", "projection, per step"):
@@ -762,7 +763,7 @@ def test_the_toy_tells_masks_of_a_traversal_from_masks_drawn_every_step(tmp_path
 
 @slow
 def test_the_toy_at_full_size(tmp_path):
-    found = recipe.toy(recipe.Toy(steps=100_000, seeds=16, out=tmp_path))
+    found = toys.toy(toys.Toy(steps=100_000, seeds=16, out=tmp_path))
     for way in ("wor, epochwise", "wor, joint"):
         assert found[way].slope <= -1.8
         assert found["iid, per step"].late > 15 * found[way].late

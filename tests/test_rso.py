@@ -25,7 +25,8 @@ from optimizers.sgd import sgd
 from optimizers.snsm import snsm
 from optimizers.sumo import sumo
 from recipes.rso import PRESETS as RECIPES
-from recipes.rso import Counterexample, Rso, Toy, groups, least_squares, picture, toy
+from recipes.rso import Rso, groups
+from recipes.rso_toy import Counterexample, Toy, least_squares, picture, toy
 from tools.generate import load_model
 
 slow = pytest.mark.slow

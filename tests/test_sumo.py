@@ -119,6 +119,8 @@ REPLAYS: dict[str, tuple] = {
         dict(perpendicular="normalized"),
     ),
     "tracked": (sumo, dict(basis="track"), {}),
+    "leading directions": (sumo, dict(basis="range"), {}),
+    "longer side": (sumo, dict(side="longer"), {}),
     **{f"by {m}": (sumo, dict(orthogonalize=m), {}) for m in ("svd", "lq", "polar_express")},
 }
 
@@ -131,6 +133,7 @@ def test_a_replay_in_float64(case, shape):
     other = options.get("side") == "longer"
     turned = (shape[0] >= shape[1]) != other
     upright = (lambda x: value(x).T) if turned else value
+    basis = options.get("basis", "random" if make is sumo else "range")
     slots, replay, q = rule.init(p), Replay(upright(p), **theirs), None
     for t in range(30):
         g = decaying(*shape, seed=100 + t)
@@ -140,11 +143,13 @@ def test_a_replay_in_float64(case, shape):
             assert ok and q.shape == (upright(p).shape[0], RANK)
             np.testing.assert_allclose(q.T @ q, np.eye(RANK), atol=1e-6)
             u = np.linalg.svd(upright(g))[0][:, :RANK]
-            tracked = options.get("basis") == "track"
-            if tracked:
-                start = value(normal(Key(t), q.shape)) if old is None else old
-                u = np.linalg.qr(upright(g) @ upright(g).T @ start)[0]
-            np.testing.assert_allclose(q @ q.T, u @ u.T, atol=1e-4 if tracked or make is sumo_release else 0.05)
+            y = value(normal(Key(t), q.shape))
+            if basis == "track":
+                u = np.linalg.qr(upright(g) @ upright(g).T @ (y if old is None else old))[0]
+            elif basis == "random":
+                u = np.linalg.qr(y if old is None else y - (1 - 1e-4) * old @ old.T @ y)[0]
+            exact = basis != "range" or make is sumo_release
+            np.testing.assert_allclose(q @ q.T, u @ u.T, atol=1e-4 if exact else 0.05)
         replay.step(upright(g), q, lr, wd)
         delta, slots = rule.update(g, slots, p, hyper(lr, wd))
         p = add(p, delta)
@@ -303,8 +308,23 @@ def test_tracking_follows_a_gradient(shape, side):
     assert held[-1] == pytest.approx(best, rel=1e-3)
 
 
+@pytest.mark.parametrize("rank", [3, 4, 6, 8])
+def test_random_directions_are_new_as_long_as_there_are_new_ones(rank):
+    """Of 8, what two bases must share they share, and no more; each matrix of a stack stays away from its own."""
+    rule, p = sumo(rank, basis="random"), randn(2, 12, 8)
+    slots, _ = rule.refresh(randn(2, 12, 8, seed=1), rule.init(p), Key(0))
+    assert torch.equal(slots["basis"][0], slots["basis"][1]), "no moment yet: nothing to stay away from"
+    _, slots = rule.update(randn(2, 12, 8, seed=1), slots, p, hyper(0.1))
+    new, ok = rule.refresh(randn(2, 12, 8, seed=2), slots, Key(1))
+    q, shared = new["basis"], (slots["basis"].mT @ new["basis"]).square().sum((-2, -1))
+    assert ok and torch.allclose(q.mT @ q, torch.eye(rank).expand(2, rank, rank), atol=1e-5)
+    assert torch.allclose(shared, torch.full((2,), float(max(0, 2 * rank - 8))), atol=1e-3)
+    again, _ = rule.refresh(randn(2, 12, 8, seed=3), slots, Key(1))
+    assert torch.equal(again["basis"], q), "whatever the gradient"
+
+
 def test_a_basis_is_rebuilt_when_it_sees_too_little():
-    rule, p = sumo(RANK, 200, refresh_below=0.5), randn(12, 8)
+    rule, p = sumo(RANK, 200, basis="range", refresh_below=0.5), randn(12, 8)
     assert rule.gap == 1, "asked at every step"
     optimizer = partition({"w": p}, [Group("sumo", rule, ("",), 0.01)])
     state, bases = optimizer.init({"w": p}), []
@@ -323,7 +343,7 @@ def test_a_basis_is_rebuilt_when_it_sees_too_little():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("basis", ["range", "svd", "track"])
+@pytest.mark.parametrize("basis", ["range", "svd", "track", "random"])
 def test_a_gradient_that_is_not_finite_poisons_nothing(bad, basis):
     rule, p = sumo(RANK, GAP, basis=basis, limiter=1.1), randn(12, 8)
     p, slots = run(rule, p, 5)
@@ -344,6 +364,7 @@ STACKS = {
     "sumo": sumo(RANK, GAP),
     "track": sumo(RANK, GAP, basis="track", side="longer", perpendicular="normalized"),
     "release": sumo_release(RANK, GAP),
+    "random": sumo(RANK, GAP, basis="random"),
     "below": sumo(RANK, refresh_below=0.9),
 }
 
@@ -423,6 +444,8 @@ def test_moments_are_said_and_taken_over(make, shape):
     """The export of a constant gradient's moment is that gradient; what is adopted says it again."""
     rule, g = make(RANK, GAP), randn(shape[0], RANK) @ randn(RANK, shape[1], seed=1)
     slots = rule.refresh(g, rule.init(g), Key(0))[0]
+    q, other = slots["basis"], rule.init(g)["basis"].shape[0] != min(shape)
+    g = linalg.lift(linalg.project(g, q, other), q, g, other)  # what a random basis sees of it
     for _ in range(300):
         _, slots = rule.update(g, slots, g, hyper(0.1))
     moments = rule.export(slots, g)
