@@ -12,7 +12,7 @@ DEMO   ?=
 help:            ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(READY)   ## Train a small model with SNSM and with AdamW, in about 5 minutes
+demo: $(READY)   ## Train a small model with SUMO, SNSM and AdamW, in about 5 minutes
 	$(BIN)/python -m recipes.demo $(DEMO)
 
 test: $(READY)   ## Run the tests, without the slow ones

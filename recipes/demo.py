@@ -1,4 +1,4 @@
-"""The demo: a small LLaMA learns the standard library's sources with SNSM, then with AdamW, and both curves are drawn.
+"""The demo: a small LLaMA learns the standard library's sources with SUMO, SNSM and AdamW, and the curves are drawn.
 
 python -m recipes.demo            about five minutes on two cores
 """
@@ -15,37 +15,39 @@ from rich.table import Table
 from engine.metrics import read
 from tools.plot import loss_curve
 
-from . import baseline, snsm
+from . import baseline, snsm, sumo
 from .common import command, main, train
 
 
 @dataclass(frozen=True)
 class Demo:
-    steps: int = 320
-    """Optimizer steps of each of the two runs."""
+    steps: int = 220
+    """Optimizer steps of each of the three runs."""
     out: Path | None = None
     """Folder of the demo; by default a new one under runs/."""
 
 
 def demo(config: Demo) -> None:
-    """Two runs of the same length on the same data, a table and a picture."""
+    """Three runs of the same length on the same data, a table and a picture."""
     tried = (Path("runs/demo") if i == 1 else Path(f"runs/demo-{i}") for i in range(1, 10_000))
     out = config.out or next(path for path in tried if not path.exists())
     common: dict[str, Any] = {"steps": config.steps, "eval_every": 20}
-    ours = replace(snsm.PRESETS["demo"][1], out=out / "snsm", **common)
-    theirs = baseline.Baseline(lr=1e-3, rest_lr=3e-2, out=out / "adamw", **common)
+    runs = {
+        "SUMO": replace(sumo.PRESETS["demo"][1], out=out / "sumo", **common),
+        "SNSM": replace(snsm.PRESETS["demo"][1], out=out / "snsm", **common),
+        "AdamW": baseline.Baseline(lr=1e-3, rest_lr=3e-2, out=out / "adamw", **common),
+    }
     console = Console(soft_wrap=True)
-    console.rule("1 of 2: SNSM")
-    train(ours)
-    console.rule("2 of 2: AdamW")
-    train(theirs)
+    for i, (name, run) in enumerate(runs.items(), 1):
+        console.rule(f"{i} of {len(runs)}: {name}")
+        train(run)
 
     table = Table(title=f"{config.steps} steps on the same data", title_justify="left")
     for column in ("", "held-out loss, nats per byte", "optimizer state, MB", "s/step"):
         table.add_column(column, justify="right" if column else "left")
     curves, points = {}, {}
-    for name, folder in (("SNSM", ours.out), ("AdamW", theirs.out)):
-        assert folder is not None
+    for name in runs:
+        folder = out / name.lower()
         result = json.loads((folder / "result.json").read_text())
         table.add_row(
             name,
@@ -56,8 +58,8 @@ def demo(config: Demo) -> None:
         rows = [(int(r["step"]), r["train/loss"]) for r in read(folder) if "train/loss" in r]
         curves[name] = [s for s, _ in rows], [y for _, y in rows]
         points[name] = [s for s, _ in result["curve"]], [y for _, y in result["curve"]]
-    picture = loss_curve(out / "loss.png", curves, "SNSM and AdamW on the standard library", held_out=points)
-    console.rule("the two")
+    picture = loss_curve(out / "loss.png", curves, "SUMO, SNSM and AdamW on the standard library", held_out=points)
+    console.rule("the three")
     console.print(table)
     console.print(f"curves       {picture}\nlook at it   {command('tensorboard')} --logdir {out}", highlight=False)
 

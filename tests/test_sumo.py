@@ -14,7 +14,7 @@ from engine.memory import counted_peak
 from models.llama import PRESETS, Llama
 from optimizers import linalg
 from optimizers.core import Group, Rule, Slots, UsageError, add, partition, refresh, state_bytes
-from optimizers.polar import polar
+from optimizers.polar import newton_schulz, polar
 from optimizers.random import Key, normal
 from optimizers.sumo import sumo, sumo_paper, sumo_release
 
@@ -211,6 +211,23 @@ def test_outside_the_subspace_is_plain_gradient_descent(shape, side):
     u = update_of(rule, g, slots)
     got = u - linalg.lift(linalg.project(u, q, other), q, g, other)
     torch.testing.assert_close(got, 0.7 * outside, rtol=0, atol=1e-6)
+
+
+@each_shape
+@pytest.mark.parametrize("side", ["shorter", "longer"])
+def test_outside_the_subspace_muon_may_move_it(shape, side):
+    """`perpendicular="orthogonal"`: inside as ever, outside s rho times the factor of what is there now."""
+    plain, rule = (
+        sumo(RANK, alpha=1.0, rho=rho, side=side, perpendicular=p) for p, rho in (("raw", 0), ("orthogonal", 0.7))
+    )
+    g, (_, slots) = decaying(*shape, seed=1), run(plain, randn(*shape), 3)
+    q, other = slots["basis"], side == "longer"
+    outside = g - linalg.lift(linalg.project(g, q, other), q, g, other)
+    s = 0.2 * max(shape) ** 0.5
+    expected = update_of(plain, g, slots) + 0.7 * s * newton_schulz(outside).float()
+    torch.testing.assert_close(update_of(rule, g, slots), expected, rtol=0, atol=1e-6)
+    values = torch.linalg.svdvals(update_of(rule, g, slots) / s)
+    assert values[0] < 1.3 and values[min(shape) - 1] > 0.1, "no direction stands still"
 
 
 @each_shape
