@@ -157,11 +157,9 @@ def sumo(
             whole, inside = (x.square().sum(MATRIX, keepdim=True) for x in (g, c))
             outside = whole - inside  # below a millionth of the whole it is rounding
             weight = torch.where(outside > 1e-6 * whole, rho * s * sqrt(rank) * outside.rsqrt(), 0)
+        elif perpendicular == "orthogonal":
+            g, c = s * newton_schulz(g - linalg.lift(c, q, p, other)).float(), torch.zeros_like(c)
         step = hyper["lr"] * (sqrt(min(p.shape[-2:]) / rank) if isinstance(alpha, str) else alpha)
-        if perpendicular == "orthogonal":
-            outer = newton_schulz(g - linalg.lift(c, q, p, other)).float()
-            u = s * (linalg.lift(o, q, p, other) + rho * outer)
-            return -step * u - hyper["lr"] * hyper["weight_decay"] * p.float(), new
         inner = linalg.lift(weight * c - s * o, q, p, other)  # subtracted: a sum would become addmm, which copies g
         u = weight * g - inner if rho else -inner
         return -step * u - hyper["lr"] * hyper["weight_decay"] * p.float(), new
