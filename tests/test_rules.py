@@ -206,7 +206,7 @@ def test_compiled_equals_eager_and_a_schedule_does_not_recompile():
     fast, slow = trajectory(compiled), trajectory(lambda kernel: kernel)
     assert fast.graphs == 1 and slow.graphs == 0
     for i, name in enumerate(CASES):
-        rough = name in ("muon", "sumo orthogonal") or fast.params[i].dtype == torch.bfloat16  # its iteration is in bfloat16
+        rough = name in ("muon", "sumo orthogonal") or fast.params[i].dtype == torch.bfloat16  # they iterate in it
         tolerance = dict(rtol=1e-2, atol=1e-3) if rough else dict(rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(fast.params[i], slow.params[i], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
         for slot in fast.slots[i]:
