@@ -6,7 +6,8 @@
 
 Of pre-training the paper gives ranks, token counts and GaLore's protocol (C4, sequences of 256, batches of 512 of them,
 warm-up over a tenth of the steps, cosine to a tenth of the peak, bf16, no weight decay), and, for 130M, a table over
-the gap in which 250 is best. It gives no learning rate, momentum or scale: those of the presets are ours.
+the gap in which 250 is best. It gives no learning rate, momentum or scale: those of the presets are ours, and so are
+random directions in the place of leading ones (`--basis range`).
 """
 
 import json
