@@ -34,6 +34,8 @@ class RunConfig:
     """Optimizer steps."""
     warmup: int | None = None
     """Steps of linear warm-up; by default a tenth of the steps."""
+    rewarm: int = 20
+    """Steps of linear warm-up after the optimizer was swapped: the new one's first steps are its least informed."""
     schedule: Kind = "cosine"
     """Shape of the learning rate after the warm-up."""
     floor: float = 0.1
@@ -84,7 +86,7 @@ class RunConfig:
             self.at_least(name, 1)
         for name in ("keep_last", "log_every"):
             self.at_least(name, 1)
-        for name in ("keep_every", "inspect_every"):
+        for name in ("keep_every", "inspect_every", "rewarm"):
             self.at_least(name, 0)
         if not self.clip_norm > 0:
             raise UsageError(f"--clip-norm must be above 0, got {self.clip_norm}")

@@ -46,10 +46,16 @@ class Schedule:
     """Shape of the decay after the warm-up."""
     floor: float = 0.0
     """Fraction of the peak at which the decay ends."""
+    swapped: int = 0
+    """The step from which another optimizer trains."""
+    rewarm: int = 0
+    """Steps of linear warm-up from there, to whatever the schedule asks for then."""
 
     def __post_init__(self) -> None:
         self.factor(0)
 
     def factor(self, step: int) -> float:
         """The multiplier of the peak learning rate at `step`."""
-        return factor(step, self.steps, self.warmup, self.kind, self.floor)
+        since = step - self.swapped
+        again = (since + 1) / self.rewarm if 0 <= since < self.rewarm else 1.0
+        return again * factor(step, self.steps, self.warmup, self.kind, self.floor)

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Progress(NamedTuple):
     position: int
     data: str
     previous_norm: float
+    swapped: int | None  # the step at which another optimizer took over, if one did
     config: dict[str, Any]
 
 
@@ -75,6 +77,7 @@ class Trainer:
         self.signal: int | None = None
         self.measured: int | None = None  # most bytes of tensors at once in the last step
         self.converted: list[Row] = []  # what became of another optimizer's state
+        self.swapped: int | None = None  # the step at which that was
         background = config.save_async == "on" or (config.save_async == "auto" and step.device.type == "cuda")
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
         self.say: Callable[[str], None] = print
@@ -108,6 +111,9 @@ class Trainer:
         step.state.clear()
         step.state.update(state)
         self.done, self.position = saved.step, progress.position
+        self.swapped = saved.step if source is not None else progress.swapped
+        if self.swapped is not None:
+            self.schedule = replace(self.schedule, swapped=self.swapped, rewarm=self.config.rewarm)
         step.previous = torch.tensor(progress.previous_norm, device=step.device)
         now = self.config.plain()
         return [
@@ -186,6 +192,7 @@ class Trainer:
             "tokens": self.position * self.config.sequence,
             "data": self.data.tokens.fingerprint,
             "previous_norm": self.step.previous.item(),
+            "swapped": self.swapped,
             "config": self.config.plain(),
         }
         self.saver.save(self.done, self.step.params, self.step.state, trainer, self.model_config, self._header())
@@ -364,6 +371,7 @@ def _check_model(saved: Checkpoint, params: Params, model_config: Mapping[str, A
 
 def _progress(saved: Checkpoint) -> Progress:
     """Raises CheckpointError where trainer.json does not say it, or contradicts itself."""
+    swapped = saved.trainer.get("swapped")
     match saved.trainer:
         case {
             "position": int(position),
@@ -372,14 +380,16 @@ def _progress(saved: Checkpoint) -> Progress:
             "previous_norm": float(norm) | int(norm),
             "config": {"sequence": int(sequence)},
         } if (
-            bool not in map(type, (position, tokens, norm, sequence))
+            bool not in map(type, (position, tokens, norm, swapped, sequence))
             and position >= 0
             and tokens == position * sequence
             and 0 <= norm < math.inf
+            and (swapped is None or (isinstance(swapped, int) and 0 <= swapped <= saved.step))
         ):
-            return Progress(position, data, float(norm), saved.trainer["config"])
-    got = {k: saved.trainer.get(k) for k in ("position", "tokens", "previous_norm", "data", "config")}
+            return Progress(position, data, float(norm), swapped, saved.trainer["config"])
+    got = {k: saved.trainer.get(k) for k in ("position", "tokens", "previous_norm", "swapped", "data", "config")}
     raise CheckpointError(
         f"{saved.path / checkpoint.TRAINER}: is of no training run, or edited: expected a position, tokens that agree "
-        f"with it and config's sequence, a finite norm and the data's fingerprint, got {str(got)[:200]}"
+        f"with it and config's sequence, a finite norm, the step of a swap or null, the data's fingerprint, "
+        f"got {str(got)[:200]}"
     )

@@ -220,7 +220,19 @@ def facts(draw: random.Random, folder: Path, base: Base) -> None:
         return
     record = json.loads((folder / TRAINER).read_text())
     key = draw.choice(
-        ["schema", "step", "position", "tokens", "data", "previous_norm", "config", "files", "one", "sequence"]
+        [
+            "schema",
+            "step",
+            "position",
+            "tokens",
+            "data",
+            "previous_norm",
+            "swapped",
+            "config",
+            "files",
+            "one",
+            "sequence",
+        ]
     )
     if key == "one":
         record["files"][draw.choice(FILES[:3])] = draw.choice([*ODD, {"bytes": "1", "sha256": 2}, {"bytes": 1}])

@@ -1,5 +1,6 @@
 """The schedule's shape, stated as properties over all settings and pinned at a few points."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -58,3 +59,11 @@ def test_known_points():
 def test_bad_settings_are_named_when_the_schedule_is_made(settings, named):
     with pytest.raises(UsageError, match=named):
         Schedule(**settings)
+
+
+@given(schedules(), st.integers(0, 50), st.integers(0, 20))
+def test_after_a_swap_it_warms_up_again(schedule, swapped, rewarm):
+    again = replace(schedule, swapped=swapped, rewarm=rewarm)
+    for step in range(swapped + rewarm + 5):
+        share = (step - swapped + 1) / rewarm if swapped <= step < swapped + rewarm else 1
+        assert again.factor(step) == share * schedule.factor(step)

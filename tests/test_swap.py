@@ -70,6 +70,22 @@ def test_every_optimizer_takes_over_from_every_other(trained, tmp_path, source, 
     assert max(losses.values()) < 1.1 * dict(column(trained / f"run{source}", "train/loss"))[12] + 0.1, losses
 
 
+def test_the_rate_warms_up_again_also_where_that_is_interrupted(trained, tmp_path):
+    """Twelve steps of AdamW, then SNSM with six steps of warm-up, killed after three of them or not."""
+    run = f"snsm demo --rank 4 {TINY} --schedule constant --lr 1e-3 --rewarm 6 --log-every 1 --resume"
+    for name, lines in (("straight", ["run9 --steps 20"]), ("stopped", ["run9 --steps 15", "auto --steps 20"])):
+        for number, line in enumerate(lines):
+            swap = "" if number else "--swap convert"
+            done = here(trained, f"{run} {line} {swap} --eval-every 20 --warmup 0 --out {tmp_path / name}")
+            assert done.code == 0, done.err
+    rates = dict(column(tmp_path / "straight", "train/learning_rate/snsm"))
+    assert [rates[step] * 6e3 for step in range(13, 21)] == pytest.approx([1, 2, 3, 4, 5, 6, 6, 6])
+    assert rates == dict(column(tmp_path / "stopped", "train/learning_rate/snsm"))
+    straight, stopped = newest(tmp_path / "straight"), newest(tmp_path / "stopped")
+    assert straight.trainer["swapped"] == stopped.trainer["swapped"] == 12
+    assert all(stopped.params[name].equal(p) for name, p in straight.params.items())
+
+
 def test_products_are_merged_before_they_are_left(trained, tmp_path):
     """The next batch's loss is the same whether RSO goes on or AdamW does: B Pᵀ is in the weights."""
     source = list(TARGETS).index("rso in products, shared")
