@@ -33,6 +33,7 @@ from .core import Hyper, Optimizer, Params, Rule, Slots, State, UsageError, add,
 from .moments import Moments
 from .random import Key, fold, normal, permutation
 
+OWN = ("P", "B", "age")  # slots that are not the inner rule's
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
 
 
@@ -53,17 +54,22 @@ def draw(projection: str, key: Key, size: int, rank: int, device: torch.device |
     return p
 
 
-def subspace(inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, decay: bool = True) -> Rule:
+def subspace(
+    inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, warmup: int = 0, decay: bool = True
+) -> Rule:
     """`inner` on B (out, r) as a rule for W (out, in), whose gradient is dB: it moves W by rule(dB) Pᵀ, or B.
 
-    Slots: `P` (in, r) in W's dtype; `B` (out, r) float32 where the form is "products" or `prox` (1/eta) is not 0; and
-    those of `inner` for a B. Without `decay` the weight decay is taken to be 0, which saves a pass over W.
+    Slots: `P` (in, r) in W's dtype; `B` (out, r) float32 where the form is "products" or `prox` (1/eta) is not 0; `age`
+    (0-d float32), the steps since P was drawn, where the learning rate warms up over `warmup` of them; and those of
+    `inner` for a B. Without `decay` the weight decay is taken to be 0, which saves a pass over W.
     """
     holds = form == "products" or prox > 0
 
     def init(p: Tensor) -> Slots:
         b = p.new_zeros(p.shape[0], rank, dtype=torch.float32)
-        return {"P": p.new_zeros(p.shape[1], rank), **({"B": b} if holds else {}), **inner.init(b)}
+        apart = {"B": b} if holds else {}
+        aged = {"age": p.new_zeros((), dtype=torch.float32)} if warmup else {}
+        return {"P": p.new_zeros(p.shape[1], rank), **apart, **aged, **inner.init(b)}
 
     def split(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         return (g.float() + prox * slots["B"] if prox else g), _inside(slots)
@@ -76,9 +82,13 @@ def subspace(inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, de
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
         b = slots["B"] if holds else p.new_zeros(()).expand(p.shape[0], rank)
         still = {**hyper, "weight_decay": torch.zeros_like(hyper["weight_decay"])}
+        aged = {}
+        if warmup:
+            aged = {"age": slots["age"] + 1}
+            still["lr"] = hyper["lr"] * (aged["age"] / warmup).clamp(max=1)
         step, new = inner.update(*split(g, slots), b, still)
         assert step is not None, f"{inner.name} moves its tensor"
-        new = slots | new | ({"B": b + step} if holds else {})
+        new = slots | new | aged | ({"B": b + step} if holds else {})
         delta = step @ slots["P"].float().T if form == "merged" else None
         if decay:
             shrink = -hyper["lr"] * hyper["weight_decay"] * p.float()
@@ -116,7 +126,7 @@ def subspace(inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, de
 
 def _inside(slots: Slots) -> Slots:
     """The inner rule's."""
-    return {name: slot for name, slot in slots.items() if name not in ("P", "B")}
+    return {name: slot for name, slot in slots.items() if name not in OWN}
 
 
 def rso(
@@ -131,13 +141,16 @@ def rso(
     share: Sequence[Sequence[str]] = (),
     moments: str = "reset",
     prox: float = 0.0,
+    warmup: int = 0,
 ) -> Optimizer:
     """`base`, from `core.partition`, with the weights `names` ("….weight") moved in subspaces by the rules they have.
 
     The model must have slots of the same names, rank and form (`models.layers.attach`): it sees ….P and ….weight
     frozen and ….B trainable, whose gradient moves the weight. P is drawn anew from (`key`, name, step) every `period`
     steps, one for the modules of a parent that `share` lists together. `moments`: what becomes of the inner rule's
-    state then, "reset", "keep" or "transform". `prox` is 1/eta. All that is not in `names` keeps its rule and state.
+    state then, "reset", "keep" or "transform". `prox` is 1/eta. `warmup` (ours): steps after a new P over which the
+    inner rule's learning rate rises, as one that starts anew knows least at first. All that is not in `names` keeps its
+    rule and state.
 
     Raises UsageError for names that are not owned or not weights, a rank above a layer's inputs, options it does not
     know, and a shared P of layers whose inputs have different sizes.
@@ -150,8 +163,10 @@ def rso(
     ):
         if got not in known:
             raise UsageError(f"rso: {option} must be one of {known}, got {got!r}")
-    if period < 1 or not prox >= 0:
-        raise UsageError(f"rso: period must be at least 1 and prox at least 0, got {period} and {prox}")
+    if period < 1 or not prox >= 0 or warmup < 0:
+        raise UsageError(
+            f"rso: period must be at least 1, prox and warmup at least 0, got {period}, {prox} and {warmup}"
+        )
     if base.turns is not Optimizer._field_defaults["turns"]:
         raise UsageError("rso: base changes between steps by itself, expected one from core.partition; wrap its rules")
     rules: dict[tuple[Rule, bool], Rule] = {}  # one object a rule: by them kernels are compiled
@@ -169,7 +184,9 @@ def rso(
         if moments == "transform" and group.rule.refresh:
             raise UsageError(f"rso: moments of {group.rule.name} have a basis of their own; 'reset' or 'keep' them")
         kind = group.rule, group.weight_decay != 0
-        owner[name] = group._replace(rule=rules.setdefault(kind, subspace(group.rule, rank, form, prox, kind[1])))
+        owner[name] = group._replace(
+            rule=rules.setdefault(kind, subspace(group.rule, rank, form, prox, warmup, kind[1]))
+        )
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         place[name] = f"{parent}.{'+'.join(next((own for own in share if leaf in own), (leaf,)))}"
         if inputs.setdefault(place[name], w.shape[1]) != w.shape[1]:
@@ -214,7 +231,7 @@ def rso(
                 seed = torch.tensor(fold(key, "merge", name, step) & 0x7FFFFFFF, dtype=torch.int32, device=w.device)
                 params[name] = add(w, old["B"] @ old["P"].float().T, seed)
             new = owner[name].rule.init(w) | {"P": p}
-            state[name] = new if moments == "reset" else new | {k: t for k, t in old.items() if k not in ("P", "B")}
+            state[name] = new if moments == "reset" else new | _inside(old)
             if moments == "transform":
                 turned = old["P"].float().T @ p.float() * (rank / len(p))
                 for slot in ("exp_avg", "momentum_buffer"):
@@ -224,6 +241,7 @@ def rso(
 
     moves = {f"{name.removesuffix('weight')}B": name for name in under}
     about = {"form": form, "rank": rank, "period": period, "projection": projection, "moments": moments, "prox": prox}
+    about |= {"warmup": warmup} if warmup else {}
     return Optimizer(
         owner,
         init,

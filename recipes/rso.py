@@ -49,6 +49,8 @@ class Rso(TrainConfig):
     """One P for q, k and v and one for gate and up: their x P is kept once."""
     moments: Literal["reset", "keep", "transform"] = "reset"
     """What happens to the inner rule's state when P changes."""
+    turn_warmup: int = 0
+    """Steps over which the learning rate of B rises after each P."""
     prox: float = 0.0
     """1/eta of the penalty ||B||²/(2 eta); 0 leaves it out, as public code does."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -69,7 +71,17 @@ class Rso(TrainConfig):
         """RSO over the groups' rules, and slots for P and B in the model."""
         names = [name for name in setup.params if re.search(MATRICES, name)]
         base, share = super().optimizer_for(setup), SHARED if self.share else ()
-        subspaces = self.rank, self.period, setup.key, self.form, self.projection, share, self.moments, self.prox
+        subspaces = (
+            self.rank,
+            self.period,
+            setup.key,
+            self.form,
+            self.projection,
+            share,
+            self.moments,
+            self.prox,
+            self.turn_warmup,
+        )
         wrapped = rso(base, setup.params, names, *subspaces)
         attach(setup.model, names, self.rank, self.form)
         return wrapped
@@ -78,6 +90,7 @@ class Rso(TrainConfig):
         super().check()
         self.at_least("period", 1)
         self.at_least("prox", 0)
+        self.at_least("turn_warmup", 0)
         self.at_least("update_proj_gap", 1)
 
     @property

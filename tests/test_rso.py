@@ -345,6 +345,31 @@ def test_the_prox_term_is_b_over_eta(form):
 
 
 @each_form
+@pytest.mark.parametrize("moments", ["reset", "keep"])
+def test_after_a_new_p_the_inner_rule_warms_up(form, moments):
+    """Over two steps of every three, as if its rate alone were scheduled; decay has the whole rate all the time."""
+
+    def moved(rates: list[float], decay: float, **options) -> tuple[Tensor, State]:
+        params = {"x.weight": randn(6, 5)}
+        base = partition(params, [Group("rso", sgd(0.9), ("",), LR, decay)])
+        optimizer = rso(base, params, params, 3, PERIOD, form=form, moments=moments, **options)
+        state = optimizer.init(params)
+        for i, rate in enumerate(rates):
+            if optimizer.turns(i):
+                params, state = optimizer.turn(params, state, i, Key(0))
+            own = hypers(optimizer, LR * rate)
+            params, state = optimizer.update({"x.B": randn(6, 3, seed=i)}, state, params, own)
+        return optimizer.merge(params, state)["x.weight"], state
+
+    warm, state = moved([1.0] * 7, 0.0, warmup=2)
+    scheduled, plain = moved([0.5, 1, 1, 0.5, 1, 1, 0.5], 0.0)
+    torch.testing.assert_close(warm, scheduled, rtol=0, atol=1e-6)
+    assert float(state["x.weight"]["age"]) == 1 and "age" not in plain["x.weight"]
+    decayed, _ = moved([1.0] * 7, DECAY, warmup=2)
+    assert 0.9 < float((decayed - warm).norm() / (7 * LR * DECAY * warm.norm())) < 1.1
+
+
+@each_form
 def test_bf16_weights_move_by_less_than_they_resolve(form):
     """Right on average, by stochastic rounding: at each step where merged, at the merge where not."""
     ones = torch.ones(512, 512, dtype=torch.bfloat16)

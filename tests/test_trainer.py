@@ -36,6 +36,7 @@ RUNS = {
     "rso in the middle of a period": "rso demo --rank 4 --period 7",
     "rso at a turn, shared, transformed": "rso demo --rank 4 --period 4 --share --moments transform --weight-decay 0.1",
     "rso in products, kept, with a penalty": "rso demo --rank 4 --period 5 --form products --moments keep --prox 1e-3",
+    "rso warming up after each P": "rso demo --rank 4 --period 5 --turn-warmup 3 --moments transform",
     "rso of galore, Haar": "rso demo --rank 4 --period 5 --inner galore --inner-rank 2 --projection haar",
     "rso of snsm, bf16": "rso demo --rank 4 --period 7 --inner snsm --inner-rank 2 --form products --precision bf16-sr",
     "rso of muon, coordinates": "rso demo --rank 4 --period 7 --inner muon --projection coordinate",
