@@ -172,7 +172,10 @@ def _instead(config: TrainConfig) -> Planned | SystemExit:
     with torch.device("meta"):
         built = _built(config, _vocabulary(config))
         report = inspect_fresh(f"recipes.{asked['inspect']}", built.params, built.optimizer, asked["match"])
-    write(report, asked["json"], Path(asked["png"]) if asked["png"] else None)
+    try:
+        write(report, asked["json"], Path(asked["png"]) if asked["png"] else None)
+    except OSError as error:
+        return SystemExit(f"error: {error}")
     return SystemExit(0)
 
 

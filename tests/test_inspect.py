@@ -389,6 +389,12 @@ def test_a_fresh_state_is_that_of_the_first_checkpoint(line, tmp_path):
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capfd):
+    assert tool.main(["--fresh", "snsm demo --rank 4", "--png", str(tmp_path / "nowhere" / "x.png")]) == 1
+    err = capfd.readouterr().err
+    assert "error: " in err and "nowhere" in err and "Traceback" not in err
+
+
 def test_the_command_asks_the_recipe(capfd):
     line = "snsm 1b --model 7b --rank 1024 --precision bf16-sr"
     assert tool.main(["--fresh", line, "--match", "layers.31"]) == 0
