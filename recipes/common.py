@@ -23,14 +23,14 @@ from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.compile import can_compile
 from engine.data import Batches, Tokens, tokenizer_of
+from engine.data.prepare import Request, cached
+from engine.data.tokenizer import load_tokenizer
 from engine.memory import peak_bytes
 from engine.metrics import Metrics
 from engine.plan import Built, cast, plan
 from engine.receipt import receipt
 from engine.segments import cut
-from engine.shards import Request, cached
 from engine.step import Step
-from engine.tokenizer import load_tokenizer
 from engine.trainer import Interrupted, NonFiniteError, Trainer
 from models.llama import PRESETS, Llama
 from models.sampling import generate

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data import IGNORED, Batches, Tokens, order, read_index, tokenizer_of
-from engine.shards import Request, prepare
-from engine.text import documents, expand, standard_library
+from engine.data import IGNORED, Batches, Tokens, read_index, tokenizer_of
+from engine.data.order import order
+from engine.data.prepare import Request, prepare
+from engine.data.text import documents, expand, standard_library
 from optimizers.core import UsageError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {

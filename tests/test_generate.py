@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from engine.checkpoint import save
-from engine.tokenizer import load_tokenizer
+from engine.data.tokenizer import load_tokenizer
 from models.llama import PRESETS, Llama, LlamaConfig
 from models.sampling import generate, probabilities
 from tools.generate import load_model, main, text

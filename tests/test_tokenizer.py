@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Core
 
-from engine.tokenizer import load_tokenizer, train_bpe
+from engine.data.tokenizer import load_tokenizer, train_bpe
 from optimizers.core import UsageError
 
 SAMPLES = [

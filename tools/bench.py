@@ -27,10 +27,10 @@ from torch.nn.functional import cross_entropy
 
 from engine.compile import compiled
 from engine.data import Batches, Tokens
+from engine.data.prepare import Request, cached
 from engine.kernel import Kernel, make_kernel
 from engine.memory import counted_peak
 from engine.segments import cut
-from engine.shards import Request, cached
 from engine.step import Step
 from models.layers import attach
 from models.llama import PRESETS, Llama, LlamaConfig

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, CheckpointError, latest, load, restore_into
-from engine.tokenizer import load_tokenizer
+from engine.data.tokenizer import load_tokenizer
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.rso import merge

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from engine.data import read_index
-from engine.shards import Request, prepare
+from engine.data.prepare import Request, prepare
 from optimizers.core import UsageError
 
 

@@ -1,4 +1,4 @@
-"""Preparing data: documents become the token files that `data` reads, once and restartably.
+"""Preparing data: documents become the token files that `windows` reads, once and restartably.
 
 The output is a pure function of the request. Files are only ever appended to, and `progress.json` says how much of
 them is certain, and up to which document; whatever lies beyond it when work goes on is cut off and made again.
@@ -16,8 +16,9 @@ import numpy as np
 
 from optimizers.core import UsageError
 
-from .data import INDEX, SCHEMA, read_index
-from .durable import Shards, Table, alone, sha256, write_whole
+from ..durable import alone, sha256, write_whole
+from .index import INDEX, SCHEMA, read_index
+from .shards import Shards, Table
 from .split import SIDES, Side, Split, digest, hold_out
 from .text import documents, expand, standard_library
 from .tokenizer import Ids, Tokenizer, load_tokenizer, train_bpe

@@ -1,12 +1,10 @@
-"""Prepared tokens and the order they are trained in.
+"""Prepared tokens as windows, and batches of windows at a position of the run.
 
-A prepared folder holds `index.json` and, for each split, its tokens as one sequence cut into files: little-endian
-unsigned integers, every document followed by the tokenizer's `eos`. Here the files are only read, memory-mapped.
+The files of a prepared folder are only read here, memory-mapped.
 
 Everything is a pure function of a position: there is no iterator state. A run that has consumed p windows goes on at p.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,44 +15,12 @@ import torch
 from torch import Tensor
 
 from optimizers.core import UsageError
-from optimizers.random import fold
 
+from .index import read_index
+from .order import Ints, order
 from .split import Side
-from .tokenizer import Tokenizer, load_tokenizer
 
-SCHEMA = 1
-INDEX = "index.json"
 IGNORED = -100
-ROUNDS = 6
-
-Ints = npt.NDArray[np.int64]
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a prepared folder. Raises UsageError where there is none, or one this version cannot read."""
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        schema = index["schema"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(
-            f"{folder}: no {INDEX}: not prepared, or not to the end; run python -m tools.prepare {folder}"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / INDEX}: damaged ({error!r}); delete the folder and prepare it again") from None
-    if schema != SCHEMA:
-        raise UsageError(f"{folder / INDEX}: got schema {schema}, expected {SCHEMA}; prepare the data again")
-    return dict(index)
-
-
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer a prepared folder was made with, which lies in it."""
-    made = read_index(folder)["tokenizer"]
-    tokenizer = load_tokenizer("byte" if made["spec"] == "byte" else str(folder / made["spec"]))
-    if tokenizer.fingerprint != made["fingerprint"]:
-        raise UsageError(
-            f"{folder}: got tokenizer {tokenizer.fingerprint}, expected {made['fingerprint']}; prepare the data again"
-        )
-    return tokenizer
 
 
 class Tokens:
@@ -154,35 +120,6 @@ class Batches:
     def _stack(rows: list[tuple[Ints, Ints]]) -> dict[str, Tensor]:
         inputs, targets = zip(*rows, strict=True)
         return {"input_ids": torch.from_numpy(np.stack(inputs)), "targets": torch.from_numpy(np.stack(targets))}
-
-
-def order(seed: int, epoch: int, n: int, positions: Ints) -> Ints:
-    """The values at `positions` of a pseudo-random permutation of range(n) that (seed, epoch) alone determines.
-
-    A Feistel network permutes the next larger power of four; a value outside of range(n) is sent through again until
-    it falls inside ("cycle walking"). So no table is ever made, and any place is found at once.
-    """
-    half = max(3, ((n - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    keys = [np.uint64(fold(seed, "order", epoch, r)) for r in range(ROUNDS)]
-
-    def permute(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = x >> shift, x & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        return left << shift | right
-
-    values = permute(np.asarray(positions).astype(np.uint64))
-    while (outside := values >= n).any():
-        values[outside] = permute(values[outside])
-    return values.astype(np.int64)
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of SplitMix64: every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

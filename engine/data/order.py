@@ -1,0 +1,39 @@
+"""A pseudo-random order of the windows, new in each epoch, of which any place is found at once."""
+
+import numpy as np
+import numpy.typing as npt
+
+from optimizers.random import fold
+
+ROUNDS = 6
+
+Ints = npt.NDArray[np.int64]
+
+
+def order(seed: int, epoch: int, n: int, positions: Ints) -> Ints:
+    """The values at `positions` of a pseudo-random permutation of range(n) that (seed, epoch) alone determines.
+
+    A Feistel network permutes the next larger power of four; a value outside of range(n) is sent through again until
+    it falls inside ("cycle walking"). So no table is ever made, and any place is found at once.
+    """
+    half = max(3, ((n - 1).bit_length() + 1) // 2)
+    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
+    keys = [np.uint64(fold(seed, "order", epoch, r)) for r in range(ROUNDS)]
+
+    def permute(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = x >> shift, x & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        return left << shift | right
+
+    values = permute(np.asarray(positions).astype(np.uint64))
+    while (outside := values >= n).any():
+        values[outside] = permute(values[outside])
+    return values.astype(np.int64)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
