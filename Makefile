@@ -1,4 +1,4 @@
-# make demo, make test, make lint, make clean. The first run builds .venv from $(PYTHON).
+# make demo, make test, make lint, make docs, make clean. The first run builds .venv from $(PYTHON).
 
 PYTHON ?= python3
 VENV   := .venv
@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   ?=
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 .DEFAULT_GOAL := help
 
 help:            ## Show this list
@@ -23,8 +23,12 @@ lint: $(READY)   ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY)   ## Build the site of these docs and of the docstrings into site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 clean:           ## Remove .venv, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
