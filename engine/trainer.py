@@ -1,6 +1,5 @@
 """The loop: data, schedule, steps, evaluation, checkpoints. What a run has done is (step, position in the data)."""
 
-import json
 import math
 import signal
 import time
@@ -9,20 +8,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizers.convert import Row, convert
-from optimizers.core import Hyper, Optimizer, Params, State
+from optimizers.convert import Row
+from optimizers.core import Hyper, Optimizer
 
 from . import checkpoint, inspection, ownership
-from .checkpoint import Checkpoint, CheckpointError, WriteError
+from .checkpoint import Checkpoint, WriteError
 from .config import RunConfig
 from .data import Batches
 from .memory import counted_peak, peak_bytes
 from .metrics import Metrics
+from .restore import restore
 from .saver import NotDeleted, Saver
 from .schedule import Schedule
 from .segments import Batch
@@ -39,16 +39,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int, path: Path) -> None:
         super().__init__(f"{signal.Signals(signum).name}: saved {path}; continue with --resume auto")
         self.code = 128 + signum
-
-
-class Progress(NamedTuple):
-    """What a checkpoint's trainer.json says of the run."""
-
-    position: int
-    data: str
-    previous_norm: float
-    swapped: int | None  # the step at which another optimizer took over, if one did
-    config: dict[str, Any]
 
 
 class Trainer:
@@ -82,43 +72,15 @@ class Trainer:
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
         self.say: Callable[[str], None] = print
 
-    @torch.no_grad()
     def resume(self, saved: Checkpoint, source: Optimizer | None = None) -> list[str]:
         """Continue from `saved`; returns settings that differ. Raises CheckpointError, having changed nothing, if it
         cannot fit. Given `source`, the optimizer that it was trained with, its state is converted to this run's, and
         `self.converted` says what became of it."""
-        progress, step = _progress(saved), self.step
-        was = progress.config
-        if progress.data != self.data.tokens.fingerprint or was["sequence"] != self.config.sequence:
-            raise CheckpointError(
-                f"{saved.path}: was trained on other data or with --sequence {was['sequence']}; its position in the "
-                "data means nothing here. Give it the same --data, --tokenizer and --sequence"
-            )
-        expected = _expected(saved, source or step.optimizer, step.params)
-        _check_model(saved, step.params, self.model_config)
-        checkpoint.restore_into(step.params, saved.params)
-        copies: dict[int, Tensor] = {}  # slots that two tensors share stay one
-        state: State = {}
-        for name, slots in saved.state.items():
-            for slot, t in slots.items():  # on the host where the optimizer keeps them there
-                copies.setdefault(id(t), t.to(expected[name][slot].device, copy=True))
-            state[name] = {slot: copies[id(t)] for slot, t in slots.items()}
-        if source is not None:
-            for name, p in source.merge(step.params, state).items():
-                if p is not step.params[name]:
-                    step.params[name].copy_(p)
-            state, self.converted = convert(step.params, state, source, step.optimizer, saved.step, step.key)
-        step.state.clear()
-        step.state.update(state)
-        self.done, self.position = saved.step, progress.position
-        self.swapped = saved.step if source is not None else progress.swapped
+        was = restore(self.step, saved, self.config, self.data.tokens.fingerprint, self.model_config, source)
+        self.done, self.position, self.swapped, self.converted = was.step, was.position, was.swapped, was.converted
         if self.swapped is not None:
             self.schedule = replace(self.schedule, swapped=self.swapped, rewarm=self.config.rewarm)
-        step.previous = torch.tensor(progress.previous_norm, device=step.device)
-        now = self.config.plain()
-        return [
-            f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in ("resume", "out")
-        ]
+        return was.changed
 
     def train(self, metrics: Metrics, until: int | None = None) -> float:
         """Run to the last step, or until so many are done. Raises NonFiniteError, Interrupted."""
@@ -329,67 +291,3 @@ class Trainer:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-
-
-def _expected(saved: Checkpoint, optimizer: Optimizer, params: Params) -> State:
-    """What the state of `optimizer` looks like at the checkpoint's step. Raises CheckpointError where it does not."""
-    for key, mine in optimizer.about.items():
-        if (theirs := saved.header.get(key)) != mine:
-            raise CheckpointError(
-                f"{saved.path}: {key} of its optimizer is {str(theirs)[:200]}, expected {mine[:200]}; resume with the "
-                "settings and the seed that it was trained with, or convert it with --swap"
-            )
-    expected = optimizer.init(params, saved.step)
-    for name in {**expected, **saved.state}:
-        wanted, other = (
-            {slot: (tuple(t.shape), t.dtype) for slot, t in state.get(name, {}).items()}
-            for state in (expected, saved.state)
-        )
-        if wanted != other or (name in expected) != (name in saved.state):
-            raise CheckpointError(
-                f"{saved.path}: optimizer state of {name} is {other or 'not there'}, expected {wanted or 'none'}; "
-                "resume with the optimizer, its settings, seed and precision that it was trained with, or convert it "
-                "with --swap"
-            )
-    return expected
-
-
-def _check_model(saved: Checkpoint, params: Params, model_config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the checkpoint holds another model's weights."""
-    try:
-        checkpoint.check_fit(params, saved.params)
-    except CheckpointError as error:
-        raise CheckpointError(f"{saved.path}: {error}") from None
-    model, mine = saved.model_config, json.loads(json.dumps(model_config))
-    if odd := [k for k in {**mine, **model} if k not in mine or k not in model or mine[k] != model[k]]:
-        name = odd[0]
-        raise CheckpointError(
-            f"{saved.path / checkpoint.CONFIG}: another model: {name} is {model.get(name)!r}, expected "
-            f"{mine.get(name)!r}; resume with the model that it was trained with"
-        )
-
-
-def _progress(saved: Checkpoint) -> Progress:
-    """Raises CheckpointError where trainer.json does not say it, or contradicts itself."""
-    swapped = saved.trainer.get("swapped")
-    match saved.trainer:
-        case {
-            "position": int(position),
-            "tokens": int(tokens),
-            "data": str(data),
-            "previous_norm": float(norm) | int(norm),
-            "config": {"sequence": int(sequence)},
-        } if (
-            bool not in map(type, (position, tokens, norm, swapped, sequence))
-            and position >= 0
-            and tokens == position * sequence
-            and 0 <= norm < math.inf
-            and (swapped is None or (isinstance(swapped, int) and 0 <= swapped <= saved.step))
-        ):
-            return Progress(position, data, float(norm), swapped, saved.trainer["config"])
-    got = {k: saved.trainer.get(k) for k in ("position", "tokens", "previous_norm", "swapped", "data", "config")}
-    raise CheckpointError(
-        f"{saved.path / checkpoint.TRAINER}: is of no training run, or edited: expected a position, tokens that agree "
-        f"with it and config's sequence, a finite norm, the step of a swap or null, the data's fingerprint, "
-        f"got {str(got)[:200]}"
-    )
