@@ -15,8 +15,8 @@ from optimizers import core, linalg, projections
 from optimizers.core import PARKED, Group, Params, Slots, State
 from optimizers.random import Key
 
+from .checkpoint.tensorfile import CheckpointError
 from .ownership import Who, described
-from .tensorfile import CheckpointError
 
 EXACT = 512  # the shorter side up to which all singular values are computed; beyond, the leading ones
 LEADING = 64  # at most so many

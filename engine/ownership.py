@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from optimizers.core import Group, Rule
 
-from .tensorfile import CheckpointError, TensorFile
+from .checkpoint.tensorfile import CheckpointError, TensorFile
 
 HEADING = "ownership"  # the key in the head
 

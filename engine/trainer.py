@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from torch import Tensor
 from optimizers.convert import Row
 from optimizers.core import Hyper, Optimizer
 
-from . import checkpoint, inspection, ownership
+from . import checkpoint, inspection, ownership, signals
 from .checkpoint import Checkpoint, WriteError
+from .checkpoint.saver import NotDeleted, Saver
 from .config import RunConfig
 from .data import Batches
 from .memory import counted_peak, peak_bytes
 from .metrics import Metrics
 from .restore import restore
-from .saver import NotDeleted, Saver
 from .schedule import Schedule
 from .segments import Batch
 from .step import Result, Step
@@ -64,7 +63,6 @@ class Trainer:
         self.position = 0  # windows of the training data
         self.pending: list[tuple[int, Result]] = []  # steps whose numbers nobody has read yet
         self.skipped = 0  # bases kept because the gradient at their refresh was unusable
-        self.signal: int | None = None
         self.measured: int | None = None  # most bytes of tensors at once in the last step
         self.converted: list[Row] = []  # what became of another optimizer's state
         self.swapped: int | None = None  # the step at which that was
@@ -87,7 +85,7 @@ class Trainer:
         end = min(self.config.steps, until or self.config.steps)
         config, tokens, since = self.config, 0, time.monotonic()
         loss, self.say = math.nan, metrics.say
-        with self._signals(), self._all_written():
+        with signals.noted(self.say) as asked, self._all_written():
             began = self.done
             while self.done < end:
                 counting = config.check_memory and began < self.done == end - 1  # not in the step that compiles
@@ -95,7 +93,7 @@ class Trainer:
                 self.done += 1
                 self.position += config.micro_batch * config.accumulation
                 tokens += config.micro_batch * config.accumulation * config.sequence
-                last = self.done == end or self.signal is not None
+                last = self.done == end or bool(asked)
                 metrics.show(self.done)
                 looking = config.inspect_every > 0 and self._due(config.inspect_every)
                 due = self._due(config.log_every, config.eval_every, config.save_every)
@@ -106,7 +104,7 @@ class Trainer:
                     scalars |= self._memory() | (self._look() if looking else {})
                     self._log(metrics, scalars)
                     metrics.show(self.done, self._line(scalars, loss))
-                if self.signal is None and (last or self._due(config.eval_every)):
+                if not asked and (last or self._due(config.eval_every)):
                     loss = self.evaluate()
                     self._log(metrics, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))})
                 if last or self._due(config.save_every):
@@ -117,8 +115,8 @@ class Trainer:
                         if last and error and not isinstance(error, NotDeleted):
                             raise WriteError(f"step {self.done}, the last, is not saved: {error}. {self._whole()}")
                         self._warn(error)
-                    if self.signal is not None:
-                        raise Interrupted(self.signal, path)
+                    if asked.signum is not None:
+                        raise Interrupted(asked.signum, path)
                 tokens, since = 0, time.monotonic()  # evaluation and saving are not training time
         return loss if self.done and not math.isnan(loss) else self.evaluate()
 
@@ -273,21 +271,3 @@ class Trainer:
             yield
         finally:
             self._warn(self.saver.wait())
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
-
-        def note(signum: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = signum
-            name = signal.Signals(signum).name
-            self.say(f"{name}: saving after this step; another signal ends the run without saving")
-
-        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)

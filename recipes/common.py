@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from engine import checkpoint
+from engine import checkpoint, output, signals
 from engine.checkpoint import CheckpointError
 from engine.compile import can_compile
 from engine.data import Batches, Tokens, tokenizer_of
@@ -286,23 +286,24 @@ def command(name: str) -> str:
 
 def main(parse: Callable[[], Config], run: Callable[[Config], object]) -> None:
     """Parse flags, run, and turn what can go wrong into one line and an exit code."""
-    try:
-        config = parse()
-        asked = json.loads(getattr(config, "plan", "") or "{}")
-        if "fit" in asked:
-            raise SystemExit(answer(config, run))
-        run(config)
-    except UsageError as error:
-        code, line = 2, f"error: {error}"
-    except NonFiniteError as error:
-        code, line = 4, f"error: {error}"
-    except CheckpointError as error:
-        code, line = 5, f"error: {error}"
-    except Interrupted as signal:
-        code, line = signal.code, str(signal)
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted; nothing was saved after the last checkpoint"
-    else:
-        return
-    print(line, file=sys.stderr)
-    raise SystemExit(code)
+    with output.lasting(), signals.raised():
+        try:
+            config = parse()
+            asked = json.loads(getattr(config, "plan", "") or "{}")
+            if "fit" in asked:
+                raise SystemExit(answer(config, run))
+            run(config)
+        except UsageError as error:
+            code, line = 2, f"error: {error}"
+        except NonFiniteError as error:
+            code, line = 4, f"error: {error}"
+        except CheckpointError as error:
+            code, line = 5, f"error: {error}"
+        except (Interrupted, signals.Ended) as signal:
+            code, line = signal.code, str(signal)
+        except KeyboardInterrupt:
+            code, line = 130, "interrupted; nothing was saved after the last checkpoint"
+        else:
+            return
+        print(line, file=sys.stderr)
+        raise SystemExit(code)

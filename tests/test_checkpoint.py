@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError, latest, load, prune, restore_into, save
+from engine.checkpoint import CheckpointError, latest, load, prune, restore_into, save, tensorfile
 from optimizers.core import UsageError
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "trainer.json")
@@ -182,7 +182,7 @@ def test_files_of_another_checkpoint_do_not_pass(tmp_path):
 
 def test_schema_and_origin_are_checked(tmp_path):
     path = save_example(tmp_path)
-    edit(path / "trainer.json", schema=checkpoint.SCHEMA + 1)
+    edit(path / "trainer.json", schema=tensorfile.SCHEMA + 1)
     with pytest.raises(CheckpointError, match=r"trainer.json: has schema 2, newer than 1; update"):
         load(path)
     (path / "trainer.json").write_text('{"global_step": 3}')
@@ -322,7 +322,7 @@ print(moment, done)
 def test_a_kill_at_any_moment_leaves_the_last_checkpoint_whole(tmp_path, mode):
     seed = random.randrange(1 << 30) if mode == "random" else 0
     command = [sys.executable, "-c", KILLS, str(tmp_path / "run"), mode, str(seed)]
-    root = Path(checkpoint.__file__).parent.parent
+    root = Path(checkpoint.__file__).parent.parent.parent
     child = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, f"seed {seed}\n{child.stderr}"
     kills, saved = map(int, child.stdout.split())

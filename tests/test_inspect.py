@@ -14,9 +14,9 @@ from test_recipes import TINY, corpus, here
 
 from engine import checkpoint, inspection, ownership
 from engine.checkpoint import CheckpointError
+from engine.checkpoint.tensorfile import TensorFile
 from engine.inspection import MEASURES, compared, look, overlap, spectrum
 from engine.ownership import Who, options
-from engine.tensorfile import TensorFile
 from optimizers import linalg, projections
 from optimizers.adamw import adamw
 from optimizers.core import PARKED, Group

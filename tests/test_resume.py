@@ -14,10 +14,10 @@ import torch
 from test_recipes import ONE_THREAD, ROOT, TINY, column, corpus, here, refused
 from test_trainer import newest, stop_at
 
-from engine import checkpoint, saver
-from engine.checkpoint import CheckpointError, WriteError
+from engine import checkpoint
+from engine.checkpoint import CheckpointError, WriteError, store
+from engine.checkpoint.saver import Saver
 from engine.metrics import Metrics
-from engine.saver import Saver
 from optimizers.core import UsageError
 
 STEPS = 10
@@ -136,7 +136,7 @@ def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, monkeypatch):
 
     corpus(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", refuse)
+        patch.setattr(store.shutil, "rmtree", refuse)
         said = run_in(tmp_path, f"baseline {TINY} --steps 2 --save-every 1 --keep-last 1 --out run")
     assert "step-00000002 is saved, but older checkpoints cannot be deleted" in said and "Permission denied" in said
     assert newest(tmp_path / "run").step == 2
@@ -154,7 +154,7 @@ def test_what_changes_after_the_save_is_not_in_it(tmp_path, monkeypatch):
         assert go.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save", held)
+    monkeypatch.setattr(store, "save", held)
     w = torch.zeros(1000)
     background = Saver(tmp_path, 1, 0, background=True)
     background.save(1, {"a": w, "b": w}, {"a": {"m": w}}, {}, {}, {})
@@ -171,7 +171,7 @@ def test_a_save_in_the_background_takes_no_longer_than_the_copy(tmp_path, monkey
         time.sleep(1)
         return tmp_path
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(store, "save", slow)
     params = {"w": torch.zeros(1_000_000)}
     for background in (True, False):
         one = Saver(tmp_path, 1, 0, background)
@@ -206,7 +206,7 @@ def test_a_run_ends_with_all_its_checkpoints_written(tmp_path, monkeypatch, flag
         return write(*arguments)
 
     corpus(tmp_path)
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(store, "save", slow)
     run_in(tmp_path, f"baseline {TINY} --steps 4 --save-every 3 {flags} --out a")
     assert steps(tmp_path / "a") == [3, 4]
 
@@ -226,14 +226,14 @@ def test_a_run_ends_with_all_its_checkpoints_written(tmp_path, monkeypatch, flag
 
 def full(monkeypatch: pytest.MonkeyPatch, *refusing: int) -> None:
     """A disk with no room for the checkpoints of these steps."""
-    write = checkpoint._write_json
+    write = store.write_json
 
     def writing(file, content):
         if content.get("step") in refusing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
         write(file, content)
 
-    monkeypatch.setattr(checkpoint, "_write_json", writing)
+    monkeypatch.setattr(store, "write_json", writing)
 
 
 @pytest.mark.parametrize("flags", ["--save-async off", "--save-async on"])
@@ -362,4 +362,3 @@ def test_nothing_is_pickled(tmp_path, monkeypatch):
         path.suffix for path in files if "tfevents" in path.name
     }
     assert not any(path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK") for path in files)
-    assert saver.Saver

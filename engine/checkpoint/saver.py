@@ -10,9 +10,8 @@ from torch import Tensor
 
 from optimizers.core import Params, State
 
-from . import checkpoint
-from .checkpoint import WriteError
-from .tensorfile import storable
+from . import store
+from .tensorfile import WriteError, storable
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> Params:
@@ -47,7 +46,7 @@ class Saver:
         model_config: Mapping[str, Any],
         header: Mapping[str, str],
     ) -> None:
-        """Begin to write a checkpoint, as `checkpoint.save` does; `wait` says what came of it, and comes in between.
+        """Begin to write a checkpoint, as `store.save` does; `wait` says what came of it, and comes in between.
 
         Nothing that is passed is read after the return.
         """
@@ -56,7 +55,7 @@ class Saver:
             params = snapshot(params)
             flat = snapshot({f"{owner}/{slot}": t for owner, slots in state.items() for slot, t in slots.items()})
             state = {owner: {slot: flat[f"{owner}/{slot}"] for slot in slots} for owner, slots in state.items()}
-        job = partial(checkpoint.save, self.root, step, params, state, trainer, model_config, header)
+        job = partial(store.save, self.root, step, params, state, trainer, model_config, header)
         self._writing = self._pool.submit(self._write, job, step)
         if not self.background:
             self._writing.exception()  # done, well or not: `wait` returns at once
@@ -78,6 +77,6 @@ class Saver:
     def _write(self, job: Callable[[], Path], step: int) -> None:
         path = job()
         try:
-            checkpoint.prune(self.root, self.keep_last, self.keep_every, step)
+            store.prune(self.root, self.keep_last, self.keep_every, step)
         except OSError as error:
             raise NotDeleted(f"{path} is saved, but older checkpoints cannot be deleted: {error}") from error

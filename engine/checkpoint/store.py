@@ -1,0 +1,104 @@
+"""Writing checkpoints under a folder, whole or not at all, and deleting those that are no longer to be kept."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from optimizers.core import Params, State, UsageError
+
+from . import tensorfile
+from .form import CONFIG, DATA, MODEL, OPTIMIZER, RESERVED, STEP, TRAINER, digest, read_json, seal, steps, write_json
+from .tensorfile import HEAD, SCHEMA, CheckpointError, WriteError
+
+
+def save(
+    root: Path,
+    step: int,
+    params: Params,
+    state: State,
+    trainer: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+    header: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `<root>/step-<step>` atomically, replacing it if it is there; returns the folder.
+
+    `trainer` is any JSON: seed, data cursor, resolved recipe under "config". `header` (optimizer's name, period,
+    position, ...) goes into the head of optimizer.safetensors, where tools can read it without loading a tensor.
+    Raises CheckpointError where something cannot be saved exactly, WriteError where the disk does not take it, both
+    times leaving the root as it was.
+    """
+    if step < 0 or trainer.get("step", step) != step:
+        raise CheckpointError(f"step must be at least 0 and agree with trainer's, got {step}, {trainer.get('step')}")
+    if taken := [key for key in trainer if key in RESERVED] + [key for key in header or {} if key in HEAD]:
+        raise CheckpointError(f"keys {taken} are written by save itself; call yours something else")
+    final, fresh, old = (root / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-"))
+    try:
+        try:
+            _recover(root)
+            fresh.mkdir(parents=True)
+            tensorfile.write(fresh / MODEL, params, {})
+            tensorfile.write(fresh / OPTIMIZER, _flatten(state), {**(header or {}), "owners": json.dumps(list(state))})
+            write_json(fresh / CONFIG, model_config)
+            files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": digest(fresh / name)} for name in DATA}
+            write_json(fresh / TRAINER, {"schema": SCHEMA, "step": step, **trainer, "files": files})
+            record = read_json(fresh / TRAINER)
+            write_json(fresh / TRAINER, {**record, "sha256": seal(record)})
+            for name in (*DATA, TRAINER, "."):
+                _fsync(fresh / name)
+            if final.exists():
+                final.rename(old)  # a kill between these two renames leaves `old`, which `latest` knows
+            fresh.rename(final)
+            _fsync(root)
+        finally:
+            _recover(root)
+    except OSError as error:
+        raise WriteError(f"{error.filename or fresh}: cannot be written: {error.strerror or error}") from error
+    return final
+
+
+def prune(root: Path, keep_last: int, keep_every: int = 0, upto: int | None = None) -> list[Path]:
+    """Delete all but the `keep_last` newest checkpoints, whole or not; returns the folders that are gone.
+
+    Those of a step that is a multiple of `keep_every` stay, unless that is 0. Checkpoints of steps after `upto`, which
+    a run left behind that went on from an earlier one, are neither deleted nor counted.
+    """
+    if keep_last < 1:
+        raise UsageError(f"keep_last must be at least 1, got {keep_last}; to keep every checkpoint, do not prune")
+    there = {path: int(match[1]) for path in steps(root) if (match := STEP.fullmatch(path.name))}
+    old = [path for path, step in there.items() if upto is None or step <= upto][:-keep_last]
+    gone = [path for path in old if not keep_every or there[path] % keep_every]
+    for path in gone:
+        hidden = path.rename(root / f".tmp-{path.name}")  # half-deleted must not look like a checkpoint
+        shutil.rmtree(hidden)
+    return gone
+
+
+def _recover(root: Path) -> None:
+    """Tidy after a save, also a killed one: put back what was set aside and not replaced, delete the rest."""
+    for old in root.glob(".old-step-*"):
+        if (final := root / old.name.removeprefix(".old-")).exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+    for fresh in root.glob(".tmp-*step-*"):
+        shutil.rmtree(fresh)
+
+
+def _flatten(state: State) -> dict[str, Tensor]:
+    for owner in state:
+        if "/" in owner:
+            raise CheckpointError(f"state of {owner!r}: a parameter's name must not contain '/'; rename the module")
+    return {f"{owner}/{slot}": tensor for owner, slots in state.items() for slot, tensor in slots.items()}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
