@@ -23,7 +23,12 @@ class RunConfig:
     validation: tuple[str, ...] = ()
     """Held-out text. Without it, a part of the documents of `data` is set aside and never trained on."""
     tokenizer: str = "byte"
-    """"byte", or a path: tokenizer.json, a vocab.bpe + encoder.json pair, a sentencepiece .model."""
+    """"byte", or a path: tokenizer.json, a vocab.bpe + encoder.json pair, vocab.txt, a sentencepiece .model, or the
+    folder that holds one of them."""
+    eos: str | None = None
+    """The token, or its id, that ends every document; by default what the files beside the tokenizer name."""
+    allow_unknown: float = 0.01
+    """The share of the text's characters that the tokenizer may be unable to say; above it nothing is trained."""
     sequence: int = 256
     """Tokens per sequence."""
     micro_batch: int = 8

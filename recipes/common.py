@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +65,10 @@ def train(config: TrainConfig) -> Path:
 
     bar = Bar(console)
     with bar.progress:
-        folder = cached(Path("runs/.data"), Request(config.data, config.validation, config.tokenizer), bar)
+        request = Request(
+            config.data, config.validation, config.tokenizer, eos=config.eos, allow_unknown=config.allow_unknown
+        )
+        folder = cached(Path("runs/.data"), request, bar)
     tokens, held_out, tokenizer = Tokens(folder), Tokens(folder, "validation"), tokenizer_of(folder)
     size = config.micro_batch * config.accumulation
     batches = Batches(tokens, config.sequence, fold(config.seed, "data"), size if config.align else 1)
@@ -118,9 +120,9 @@ def train(config: TrainConfig) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be made: {error.strerror}; choose another folder") from None
-    for file in tokenizer.files:  # a run can be read wherever it lies
+    if tokenizer.files:  # a run can be read wherever it lies
         (out / TOKENIZER).mkdir(exist_ok=True)
-        shutil.copy2(file, out / TOKENIZER)
+        tokenizer.copy_to(out / TOKENIZER)
     (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n")
     console.print(f"config: {json.dumps(config.plain())}", style="dim")
     if saved:

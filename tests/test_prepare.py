@@ -358,7 +358,9 @@ def test_tokens_are_as_wide_as_the_vocabulary(corpus: Path, tmp_path: Path) -> N
     (tmp_path / "vocab.json").write_text(json.dumps(words))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     assert read_index(prepare(tmp_path / "narrow", Request(data=(str(corpus),))))["dtype"] == "uint16"
-    out = prepare(tmp_path / "wide", Request(data=(str(corpus),), tokenizer=str(tmp_path / "vocab.json")))
+    out = prepare(
+        tmp_path / "wide", Request(data=(str(corpus),), tokenizer=str(tmp_path / "vocab.json"), allow_unknown=1.0)
+    )
     assert read_index(out)["dtype"] == "uint32" and len(Tokens(out)) > 0
 
 

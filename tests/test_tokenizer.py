@@ -1,12 +1,15 @@
 """Tokenizers: text comes back, documents end in one way only, and whatever cannot be loaded says why."""
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Core
+from tokenizers import models
 
 from engine.data.tokenizer import load_tokenizer, train_bpe
 from optimizers.core import UsageError
@@ -139,7 +142,8 @@ def test_an_unknown_spec_lists_what_is_accepted(spec: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vocab.txt", "[PAD]", "not a kind of file that holds a tokenizer"),
+        ("vocab.csv", "[PAD]", "not a kind of file that holds a tokenizer"),
+        ("vocab.txt", "[PAD]", "no token to end documents with"),
         ("tokenizer.json", "{", "not a tokenizer.json"),
         ("tokenizer.model", "no model", "not a sentencepiece model"),
         ("vocab.json", "{}", "merges.txt is not beside it"),
@@ -163,16 +167,123 @@ def test_a_damaged_pair(trained: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_needs_an_end_of_text(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(UsageError, match=r"no token to end documents with; add one of <\|endoftext\|>"):
+    with pytest.raises(UsageError, match=r"no token to end documents with; add one of <\|endoftext\|>.*--eos"):
         load_tokenizer(str(tmp_path))
+    assert load_tokenizer(str(tmp_path), "a").eos == 0
+
+
+# Which token ends a document
+
+
+def ending(folder: Path, special: list[str], plain: Sequence[str] = ("</s>",), **files: object) -> Path:
+    """A folder with a byte-level tokenizer.json that has these tokens, and JSON files beside it."""
+    core = Core(models.BPE({chr(97 + i): i for i in range(26)}, []))
+    core.add_tokens(list(plain))
+    core.add_special_tokens(special)
+    folder.mkdir(exist_ok=True)
+    core.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "token", "remark"),
+    [
+        ({"tokenizer_config": {"eos_token": "<eos>"}}, "<eos>", ""),
+        ({"tokenizer_config": {"eos_token": {"content": "<eos>", "lstrip": False}}}, "<eos>", ""),
+        ({"special_tokens_map": {"eos_token": "<eos>"}}, "<eos>", ""),
+        ({"generation_config": {"eos_token_id": 27}}, "<bos>", ""),
+        ({"generation_config": {"eos_token_id": [28, 27]}}, "<eos>", "generation_config.json names '<bos>' .27."),
+        ({"config": {"eos_token_id": 28}}, "<eos>", ""),
+        ({"config": {"text_config": {"eos_token_id": 28}}}, "<eos>", ""),
+        ({"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": 28}}, "<eos>", ""),
+        (
+            {"tokenizer_config": {"eos_token": "<eos>"}, "config": {"eos_token_id": 26}},
+            "<eos>",
+            "'<eos>' .28., by tokenizer_config.json; config.json names '</s>' .26.",
+        ),
+        (
+            {"tokenizer_config": {"eos_token": "<gone>"}, "config": {"eos_token_id": 28}},
+            "<eos>",
+            "tokenizer_config.json names '<gone>', which the vocabulary does not have",
+        ),
+        ({"config": {"eos_token_id": 1000}}, "<eos>", "config.json names 1000, which the vocabulary does not have"),
+        ({"config": {"eos_token_id": -1}}, "<eos>", "config.json names -1, which"),
+        ({"config": {"eos_token_id": True}}, "<eos>", ""),
+        ({}, "<eos>", ""),  # the only special one of the usual names
+    ],
+)
+def test_the_files_beside_a_tokenizer_name_the_end(
+    tmp_path: Path, files: dict[str, object], token: str, remark: str
+) -> None:
+    tokenizer = load_tokenizer(str(ending(tmp_path, ["<bos>", "<eos>"], **files)))
+    assert tokenizer.eos == {"</s>": 26, "<bos>": 27, "<eos>": 28}[token]
+    assert re.search(remark, tokenizer.remark) if remark else tokenizer.remark == ""
+
+
+def test_several_ends_and_none(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(ending(tmp_path, ["<eos>", "</s>"], [])))
+    assert tokenizer.decode([tokenizer.eos]) == "" and "the first of </s> <eos> in the vocabulary" in tokenizer.remark
+    folder = ending(tmp_path / "none", ["<stop>"], [], config={"eos_token_id": 99})
+    with pytest.raises(UsageError, match=r"no token to end.*--eos .*special tokens are <stop>; .*config.json names 99"):
+        load_tokenizer(str(folder))
+    with pytest.raises(UsageError, match=r"tokenizer_config.json: cannot be read .*--eos"):
+        load_tokenizer(str(ending(tmp_path / "damaged", ["<eos>"], tokenizer_config="{")))
+
+
+@pytest.mark.parametrize(("asked", "eos"), [("<eos>", 28), ("28", 28), (28, 28), ("a", 0), ("0", 0)])
+def test_a_user_names_the_end(tmp_path: Path, asked: str | int, eos: int) -> None:
+    folder = ending(tmp_path, ["<bos>", "<eos>"], tokenizer_config={"eos_token": "<bos>"})
+    tokenizer = load_tokenizer(str(folder), asked)
+    assert tokenizer.eos == eos and tokenizer.remark == ""
+    (tmp_path / "copy").mkdir()
+    tokenizer.copy_to(tmp_path / "copy")
+    assert load_tokenizer(str(tmp_path / "copy")).eos == eos
+    assert load_tokenizer(str(tmp_path / "copy")).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("asked", ["<gone>", "29", 29, -1, ""])
+def test_an_end_that_is_not_there(tmp_path: Path, asked: str | int) -> None:
+    with pytest.raises(UsageError, match=r"--eos: got .* expected a token or an id of the vocabulary of .*json"):
+        load_tokenizer(str(ending(tmp_path, ["<bos>", "<eos>"])), asked)
+    with pytest.raises(UsageError, match="--eos: got .*'byte' documents end with id 256"):
+        load_tokenizer("byte", asked)
+
+
+def test_sentencepiece_ends_with_what_the_folder_says_then_with_its_own(pieces: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(str(pieces)).eos == 2 and load_tokenizer(str(pieces), "<s>").eos == 1
+    shutil.copy(pieces, tmp_path / "tokenizer.model")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1]}')
+    assert load_tokenizer(str(tmp_path)).eos == 1
+
+
+def test_capitals_of_a_wordpiece_list(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\nthe\ncafe\ncaf\n##e\n")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode("The Café") == [2, 3] and tokenizer.eos == 1
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    cased = load_tokenizer(str(tmp_path / "vocab.txt"))
+    assert cased.encode("The Café") == [0, 0] and cased.fingerprint != tokenizer.fingerprint
+    (tmp_path / "copy").mkdir()
+    cased.copy_to(tmp_path / "copy")
+    assert load_tokenizer(str(tmp_path / "copy")).encode("The the") == [0, 2]
 
 
 @pytest.mark.parametrize(
     ("name", "ids", "eos"),
-    [("gpt2", [15496, 995], 50256), ("gpt-neox-20b", [12092, 1533], 0), ("mistral", [22557, 1526], 2)],
+    [
+        ("gpt2", [15496, 995], 50256),
+        ("gpt-neox-20b", [12092, 1533], 0),
+        ("mistral", [22557, 1526], 2),
+        ("bert-base-uncased", [7592, 2088], 102),
+    ],
 )
 def test_published_tokenizers(shared: Path, name: str, ids: list[int], eos: int) -> None:
     tokenizer = load_tokenizer(str(shared / "data/tokenizers" / name))
     assert tokenizer.encode("Hello world") == ids and tokenizer.eos == eos
+    if name.startswith("bert"):
+        assert tokenizer.decode(tokenizer.encode("Naïve cafés, unbelievably!")) == "naive cafes, unbelievably!"
+        return
     for text in SAMPLES:
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -35,7 +35,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The tokenizer a prepared folder was made with, which lies in it."""
     made = read_index(folder)["tokenizer"]
-    tokenizer = load_tokenizer("byte" if made["spec"] == "byte" else str(folder / made["spec"]))
+    tokenizer = load_tokenizer("byte" if made["spec"] == "byte" else str(folder / made["spec"]), made["eos"])
     if tokenizer.fingerprint != made["fingerprint"]:
         raise UsageError(
             f"{folder}: got tokenizer {tokenizer.fingerprint}, expected {made['fingerprint']}; prepare the data again"

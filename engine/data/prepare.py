@@ -6,7 +6,6 @@ them is certain, and up to which document; whatever lies beyond it when work goe
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,12 @@ from optimizers.core import UsageError
 
 from ..durable import alone, sha256, write_whole
 from .index import INDEX, SCHEMA, read_index
+from .losses import NOTHING_UNKNOWN, counted, in_words, refuse_unknown
 from .shards import Shards, Table
 from .split import SIDES, Side, Split, digest, hold_out
 from .text import documents, expand, standard_library
-from .tokenizer import Ids, Tokenizer, load_tokenizer, train_bpe
+from .tokenizer import Tokenizer, load_tokenizer, train_bpe
+from .unknown import Ids
 
 PROGRESS = "progress.json"
 BATCH = 1 << 22  # characters tokenised, and then committed, at once
@@ -38,7 +39,13 @@ class Request:
     validation: tuple[str, ...] = ()
     """The same, for validation; none: a part of the data is held out, chosen by a hash of each document's content."""
     tokenizer: str = "byte"
-    """"byte", a tokenizer.json, GPT-2's pair of files, a sentencepiece .model, or a folder that holds one of these."""
+    """"byte", a tokenizer.json, GPT-2's pair of files, BERT's vocab.txt, a sentencepiece .model, or a folder that holds
+    one of these."""
+    eos: str | None = None
+    """The token, or its id, that ends every document. None: what tokenizer_config.json, generation_config.json or
+    config.json beside the tokenizer name, else the first of a list of usual ones."""
+    allow_unknown: float = 0.01
+    """The share of the characters that the tokenizer may be unable to say; above it, nothing is prepared."""
     train_bpe: int = 0
     """Train a byte-level BPE of this vocabulary size on the training text, and use it instead of a given tokenizer."""
     validation_fraction: float = 0.005
@@ -75,15 +82,18 @@ class _Job:
             )
         if request.shard_tokens < 1:
             raise UsageError(f"shard_tokens: got {request.shard_tokens}; expected at least 1")
+        if not 0 <= request.allow_unknown <= 1:
+            raise UsageError(f"allow_unknown: got {request.allow_unknown}; expected a share, from 0 to 1")
         self.request = request
         self.given = expand(request.validation)
         self.files = self.given + (expand(request.data) if request.data else standard_library())
-        self.tokenizer = None if request.train_bpe else load_tokenizer(request.tokenizer)
+        self.tokenizer = None if request.train_bpe else load_tokenizer(request.tokenizer, request.eos)
         inputs = [f"{path.name} {path.stat().st_size} {sha256([path])[:16]}" for path in self.files]
         self.identity: dict[str, Any] = {
             "data": inputs[len(self.given) :],
             "validation": inputs[: len(self.given)],
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else f"trained, {request.train_bpe}",
+            "eos": self.tokenizer.eos if self.tokenizer else request.eos,
             "validation_fraction": None if self.given else request.validation_fraction,
             "shard_tokens": request.shard_tokens,
         }
@@ -139,17 +149,23 @@ def _prepare(out: Path, job: _Job, report: Report) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, lambda: report(f"waiting for another process that prepares {out}", 0, 0)):
         if (out / INDEX).exists():
-            _same(out, read_index(out)["request"], job.identity)
+            index = read_index(out)
+            _same(out, index["request"], job.identity)
+            refuse_unknown(index["unknown"], index["characters"], job.request.allow_unknown)
+            if said := in_words(index["unknown"], index["characters"]):
+                report(said, 0, 0)
         else:
             state = _begin(out, job.identity)
             split, total = job.survey(report)
             report(f"held out for validation: {split.note}", 0, 0)
             _write(out / PROGRESS, state)
             tokenizer = job.tokenizer or _train(out, job, split, report)
-            for path in tokenizer.files:
-                if path.parent != out:
-                    shutil.copyfile(path, out / path.name)
-            tables = _tokenise(out, job, split, tokenizer, state, lambda done: report("tokenising", done, total))
+            if tokenizer.remark:
+                report(tokenizer.remark, 0, 0)
+            tokenizer.copy_to(out)
+            tables = _tokenise(out, job, split, tokenizer, state, total, lambda n: report("tokenising", n, total))
+            if said := in_words(state["unknown"], state["characters"]):
+                report(said, 0, 0)
             _finish(out, job, split, tokenizer, state, tables)
         (out / PROGRESS).unlink(missing_ok=True)
     return out
@@ -169,7 +185,7 @@ def _begin(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if others := sorted(file.name for file in out.iterdir() if file.suffix != ".tmp"):
         raise UsageError(f"{out}: holds {others[:3]} but no prepared data; choose an empty or a new folder")
     counts = {side: {"documents": 0, "tokens": 0} for side in SIDES}
-    return {"request": identity, "next": [0, 0], "characters": 0, "splits": counts}
+    return {"request": identity, "next": [0, 0], "characters": 0, "unknown": dict(NOTHING_UNKNOWN), "splits": counts}
 
 
 def _train(out: Path, job: _Job, split: Split, report: Report) -> Tokenizer:
@@ -180,30 +196,47 @@ def _train(out: Path, job: _Job, split: Split, report: Report) -> Tokenizer:
         texts = (text for batch in job.batches() for _, _, text in batch)
         kept = (part for text in texts for side, part in split.parts(text) if side == "train")
         write_whole(path, train_bpe(kept, size))
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = load_tokenizer(str(path), job.request.eos)
     if tokenizer.vocab_size < size:
         report(f"the text gives no more than {tokenizer.vocab_size:,} tokens of the {size:,} asked for", 0, 0)
     return tokenizer
 
 
 def _tokenise(
-    out: Path, job: _Job, split: Split, tokenizer: Tokenizer, state: dict[str, Any], done: Callable[[int], None]
+    out: Path,
+    job: _Job,
+    split: Split,
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+    total: int,
+    done: Callable[[int], None],
 ) -> dict[Side, Table]:
-    """Append the tokens of every document from `state` on, and commit after every batch; returns the files made."""
+    """Append the tokens of every document from `state` on, and commit after every batch; returns the files made.
+
+    Raises UsageError as soon as more of the `total` characters than is allowed cannot be said.
+    """
     dtype, counts = _dtype(tokenizer), state["splits"]
     shards = {side: Shards(out, side, dtype, job.request.shard_tokens, counts[side]["tokens"]) for side in SIDES}
     try:
         for batch in job.batches(state["next"]):
             texts: dict[Side, list[str]] = {side: [] for side in SIDES}
-            for file, _, text in batch:
+            places: dict[Side, list[str]] = {side: [] for side in SIDES}
+            for file, number, text in batch:
                 for side, part in split.parts(text):
                     if side == "train" or not job.given or file < len(job.given):
                         texts[side].append(part)
+                        places[side].append(f"{job.files[file].name}, document {number + 1}")
+            unknown = state["unknown"]
             for side in SIDES:
-                shards[side].append(_join(tokenizer, texts[side]))
+                packed = tokenizer.pack(texts[side])
+                unknown = counted(unknown, packed, places[side])
+                kept = [ids for ids in packed.ids if len(ids)]  # an end alone would be a document that says nothing
+                shards[side].append(_join(tokenizer.eos, kept))
                 shards[side].sync()
-                counts[side]["documents"] += len(texts[side])
+                counts[side]["documents"] += len(kept)
                 counts[side]["tokens"] = shards[side].tokens
+            refuse_unknown(unknown, total, job.request.allow_unknown)
+            state["unknown"] = unknown
             state["characters"] += sum(len(text) for _, _, text in batch)
             state["next"] = [batch[-1][0], batch[-1][1] + 1]
             _write(out / PROGRESS, state)
@@ -217,7 +250,11 @@ def _tokenise(
 def _finish(
     out: Path, job: _Job, split: Split, tokenizer: Tokenizer, state: dict[str, Any], tables: dict[Side, Table]
 ) -> None:
-    """Write the index, which makes the folder a prepared one."""
+    """Write the index, which makes the folder a prepared one. Raises UsageError where a side has no tokens."""
+    for side, counts in state["splits"].items():
+        if not counts["tokens"]:
+            lost = in_words(state["unknown"], state["characters"]) or "no text"
+            raise UsageError(f"{side}: {lost}; expected tokens: give another tokenizer or more text, and delete {out}")
     index = {
         "schema": SCHEMA,
         "dtype": _dtype(tokenizer).name,
@@ -229,6 +266,7 @@ def _finish(
         },
         "held_out": split.note,
         "characters": state["characters"],
+        "unknown": state["unknown"],
         "splits": {
             side: counts | {"shards": tables[side], "sha256": sha256(out / shard["file"] for shard in tables[side])}
             for side, counts in state["splits"].items()
@@ -242,10 +280,10 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def _join(tokenizer: Tokenizer, texts: list[str]) -> Ids:
-    """The tokens of all texts, each followed by `eos`."""
-    eos = np.array([tokenizer.eos], np.uint32)
-    return np.concatenate([np.array([], np.uint32), *(part for ids in tokenizer.pack(texts) for part in (ids, eos))])
+def _join(eos: int, documents: list[Ids]) -> Ids:
+    """The tokens of all documents, each followed by `eos`."""
+    end = np.array([eos], np.uint32)
+    return np.concatenate([np.array([], np.uint32), *(part for ids in documents for part in (ids, end))])
 
 
 def _same(out: Path, here: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -1,30 +1,35 @@
-"""Tokenizers behind one small interface: bytes, Hugging Face `tokenizer.json`, GPT-2's pair of files, sentencepiece.
+"""Tokenizers behind one small interface: bytes, Hugging Face `tokenizer.json`, GPT-2's pair of files, BERT's
+`vocab.txt`, sentencepiece.
 
 Text is only ever text: "<|endoftext|>" written in a document is encoded as the characters it consists of, so that the
 `eos` id marks the ends of documents and nothing else. No other special token is ever added.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import json
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
 from optimizers.core import UsageError
 
-Ids = npt.NDArray[np.integer[Any]]
+from .ending import END_OF_TEXT, TOKENIZER_CONFIG, Vocabulary, end_of, read_beside
+from .unknown import Pack, Packed, packing, sentencepiece_packing
 
 ACCEPTED = (
     "'byte', a Hugging Face tokenizer.json, vocab.bpe with encoder.json beside it (or vocab.json with merges.txt), "
-    "a sentencepiece .model, or a folder that holds one of these"
+    "BERT's vocab.txt, a sentencepiece .model, or a folder that holds one of these"
 )
-END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>", "[SEP]")
 PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}  # GPT-2's form, under two names
+WORDPIECE = "vocab.txt"
+
+_BERT = frozenset({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"})
 
 
 @dataclass(frozen=True)
@@ -39,26 +44,43 @@ class Tokenizer:
     """The id that ends a document."""
     fingerprint: str
     """Equal for equal vocabulary files, wherever they lie."""
-    pack: Callable[[list[str]], list[Ids]]
-    """Many texts to arrays of ids: the fast way in, which `encode` and `encode_batch` dress up."""
+    pack: Pack
+    """Many texts to arrays of ids, and what of each cannot be said; `encode` and `encode_batch` dress it up."""
     unpack: Callable[[list[int]], str]
     files: tuple[Path, ...] = ()
     """The vocabulary files; the first of them loads the tokenizer again."""
+    settings: tuple[tuple[str, Any], ...] = ()
+    """What `tokenizer_config.json` must say beside those files, so that the same tokenizer is loaded again."""
+    remark: str = ""
+    """What a user should know of the choice of `eos`."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [ids.tolist() for ids in self.pack(texts)]
+        return [ids.tolist() for ids in self.pack(texts).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Never raises: special tokens and ids that mean nothing give no text, invalid UTF-8 gives U+FFFD."""
         return self.unpack([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
+    def copy_to(self, folder: Path) -> None:
+        """Put the tokenizer's files into a folder that exists, so that it is loaded the same from there."""
+        for file in self.files:
+            if file.parent.resolve() != folder.resolve():
+                shutil.copyfile(file, folder / file.name)
+        if self.settings:
+            (folder / TOKENIZER_CONFIG).write_text(json.dumps(dict(self.settings), indent=1) + "\n", encoding="utf-8")
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """A tokenizer from "byte" or from its files. Raises UsageError for a spec or files it cannot make one from."""
+
+def load_tokenizer(spec: str, eos: str | int | None = None) -> Tokenizer:
+    """A tokenizer from "byte" or from its files; `eos` is a token or an id, if not the one that the files name.
+
+    Raises UsageError for a spec or files it cannot make one from, and for an `eos` that is not in the vocabulary.
+    """
     if spec == "byte":
+        if eos not in (None, 256, "256"):
+            raise UsageError(f"--eos: got {eos!r}; with the tokenizer 'byte' documents end with id 256")
         return _byte()
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -67,11 +89,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise UsageError(f"tokenizer {spec!r}: neither a name nor a file; expected {ACCEPTED}")
     for vocabulary, merges in PAIRS.items():
         if path.name in (vocabulary, merges):
-            return _gpt2(spec, path.with_name(vocabulary), path.with_name(merges))
+            return _gpt2(spec, path.with_name(vocabulary), path.with_name(merges), eos)
+    if path.name == WORDPIECE:
+        return _wordpiece(spec, path, eos)
     if path.suffix == ".json":
-        return _huggingface(spec, path)
+        return _huggingface(spec, path, eos)
     if path.suffix == ".model":
-        return _sentencepiece(spec, path)
+        return _sentencepiece(spec, path, eos)
     raise UsageError(f"tokenizer {spec!r}: not a kind of file that holds a tokenizer; expected {ACCEPTED}")
 
 
@@ -95,8 +119,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def _byte() -> Tokenizer:
-    def pack(texts: list[str]) -> list[Ids]:
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    def pack(texts: list[str]) -> Packed:
+        return Packed([np.frombuffer(text.encode(), np.uint8) for text in texts], [""] * len(texts))
 
     def unpack(ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -104,15 +128,15 @@ def _byte() -> Tokenizer:
     return Tokenizer("byte", 257, 256, "byte", pack, unpack)
 
 
-def _huggingface(name: str, path: Path) -> Tokenizer:
+def _huggingface(name: str, path: Path, eos: str | int | None) -> Tokenizer:
     try:
         core = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UsageError(f"tokenizer {path}: not a tokenizer.json ({error}); expected {ACCEPTED}") from None
-    return _wrap(name, core, "tokenizers", (path,))
+    return _wrap(name, core, "tokenizers", (path,), eos)
 
 
-def _gpt2(name: str, vocabulary: Path, merges: Path) -> Tokenizer:
+def _gpt2(name: str, vocabulary: Path, merges: Path, eos: str | int | None) -> Tokenizer:
     for here, missing in ((vocabulary, merges), (merges, vocabulary)):
         if not missing.is_file():
             raise UsageError(f"tokenizer {here}: {missing.name} is not beside it; put the other half there")
@@ -121,36 +145,76 @@ def _gpt2(name: str, vocabulary: Path, merges: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise UsageError(f"tokenizer {vocabulary}, {merges.name}: damaged ({error}); expected {ACCEPTED}") from None
     _byte_level(core)
-    return _wrap(name, core, "gpt2", (vocabulary, merges))
+    return _wrap(name, core, "gpt2", (vocabulary, merges), eos)
 
 
-def _sentencepiece(name: str, path: Path) -> Tokenizer:
+def _sentencepiece(name: str, path: Path, eos: str | int | None) -> Tokenizer:
     try:
         core = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # RuntimeError or OSError, by version
         raise UsageError(f"tokenizer {path}: not a sentencepiece model ({error}); expected {ACCEPTED}") from None
     pieces = {core.id_to_piece(i): i for i in range(core.vocab_size())}
-    eos = core.eos_id() if core.eos_id() >= 0 else _end(path, pieces)
+    control = {piece for piece, i in pieces.items() if core.is_control(i)}
+    own = core.eos_id() if core.eos_id() >= 0 else None
 
-    def pack(texts: list[str]) -> list[Ids]:
-        return [np.array(ids, np.uint32) for ids in core.encode(texts)]
+    def token(i: int) -> str | None:
+        return core.id_to_piece(i) if 0 <= i < core.vocab_size() else None
 
-    return Tokenizer(name, core.vocab_size(), eos, _fingerprint("sentencepiece", (path,)), pack, core.decode, (path,))
+    end, remark = end_of(Vocabulary(path, pieces.get, token, control, own), eos)
+    print_ = _fingerprint("sentencepiece", (path,))
+    settings = (("eos_token", token(end)),)
+    pack = sentencepiece_packing(core)
+    return Tokenizer(name, core.vocab_size(), end, print_, pack, core.decode, (path,), settings, remark)
 
 
-def _wrap(name: str, core: Any, kind: str, files: tuple[Path, ...]) -> Tokenizer:
-    """A tokenizer of the `tokenizers` library, kept from cutting, padding or reading special tokens in text."""
+def _wordpiece(name: str, path: Path, eos: str | int | None) -> Tokenizer:
+    """BERT's: lower case where tokenizer_config.json says so or, without it, where no token has a capital letter."""
+    try:
+        model = tokenizers.models.WordPiece.from_file(str(path), unk_token="[UNK]")
+        words = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("[")]
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"tokenizer {path}: not a list of tokens ({error}); expected {ACCEPTED}") from None
+    said = read_beside(path.parent, TOKENIZER_CONFIG).get("do_lower_case")
+    lower = said if isinstance(said, bool) else all(word == word.lower() for word in words)
+    core = tokenizers.Tokenizer(model)
+    core.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    core.decoder = tokenizers.decoders.WordPiece()
+    kind = "wordpiece-uncased" if lower else "wordpiece-cased"
+    return _wrap(name, core, kind, (path,), eos, special=_BERT, do_lower_case=lower)
+
+
+def _wrap(
+    name: str,
+    core: Any,
+    kind: str,
+    files: tuple[Path, ...],
+    asked: str | int | None,
+    special: frozenset[str] = frozenset(),
+    **settings: Any,
+) -> Tokenizer:
+    """A tokenizer of the `tokenizers` library, kept from cutting, padding, chance or reading special tokens in text."""
     vocabulary: dict[str, int] = core.get_vocab()
-    eos = _end(files[0], vocabulary)
+    special |= {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+    eos, remark = end_of(Vocabulary(files[0], vocabulary.get, core.id_to_token, special), asked)
     core.no_truncation()
     core.no_padding()
     core.add_special_tokens([core.id_to_token(eos)])
     core.encode_special_tokens = True
-
-    def pack(texts: list[str]) -> list[Ids]:
-        return [np.array(row.ids, np.uint32) for row in core.encode_batch_fast(texts, add_special_tokens=False)]
-
-    return Tokenizer(name, max(vocabulary.values()) + 1, eos, _fingerprint(kind, files), pack, core.decode, files)
+    if getattr(core.model, "dropout", None):
+        core.model.dropout = None
+    said = {"eos_token": core.id_to_token(eos), **settings}
+    return Tokenizer(
+        name,
+        max(vocabulary.values()) + 1,
+        eos,
+        _fingerprint(kind, files),
+        packing(core),
+        core.decode,
+        files,
+        tuple(said.items()),
+        remark,
+    )
 
 
 def _byte_level(core: Any) -> None:
@@ -159,18 +223,17 @@ def _byte_level(core: Any) -> None:
 
 
 def _inside(folder: Path) -> Path:
-    names = ["tokenizer.json", *PAIRS, *PAIRS.values(), *sorted(file.name for file in folder.glob("*.model"))]
+    names = [
+        "tokenizer.json",
+        *PAIRS,
+        *PAIRS.values(),
+        *sorted(file.name for file in folder.glob("*.model")),
+        WORDPIECE,
+    ]
     for name in names:
         if (folder / name).is_file():
             return folder / name
     raise UsageError(f"tokenizer {folder}: no tokenizer in this folder; expected {ACCEPTED}")
-
-
-def _end(path: Path, vocabulary: Mapping[str, int]) -> int:
-    for name in END_OF_TEXT:
-        if name in vocabulary:
-            return vocabulary[name]
-    raise UsageError(f"tokenizer {path}: no token to end documents with; add one of {' '.join(END_OF_TEXT)}")
 
 
 def _fingerprint(kind: str, files: Iterable[Path]) -> str:

@@ -1,0 +1,49 @@
+"""How much of a corpus its tokenizer cannot say: counted, put in words, and refused above a share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optimizers.core import UsageError
+
+from .unknown import Packed
+
+# Characters that cannot be said; documents that hold some, and that are nothing else or encode to no token at all; the
+# first place; some of the characters. As it stands in the index of a prepared folder.
+NOTHING_UNKNOWN: Mapping[str, Any] = {"characters": 0, "documents": 0, "left_out": 0, "first": "", "some": ""}
+
+
+def counted(so_far: Mapping[str, Any], packed: Packed, places: Sequence[str]) -> dict[str, Any]:
+    """`so_far` and what `packed` lost, whose documents stand at `places`."""
+    now = dict(so_far)
+    for ids, lost, place in zip(packed.ids, packed.lost, places, strict=True):
+        now["characters"] += len(lost)
+        now["documents"] += bool(lost)
+        now["left_out"] += not len(ids)
+        if lost:
+            now["first"] = now["first"] or place
+            if len(now["some"]) < 10:
+                now["some"] = "".join(dict.fromkeys(now["some"] + "".join(lost.split())))[:10]
+    return now
+
+
+def in_words(unknown: Mapping[str, Any], characters: int) -> str:
+    """One line; empty where everything was said."""
+    parts = []
+    if unknown["characters"]:
+        parts.append(
+            f"{unknown['characters']:,} of {characters:,} characters ({unknown['characters'] / characters:.2%}), in "
+            f"{unknown['documents']:,} documents, are unknown to the tokenizer, such as {unknown['some']!r}; the first "
+            f"in {unknown['first']}"
+        )
+    if unknown["left_out"]:
+        parts.append(f"{unknown['left_out']:,} documents encode to no token and are left out")
+    return "; ".join(parts)
+
+
+def refuse_unknown(unknown: Mapping[str, Any], characters: int, allowed: float) -> None:
+    """Raises UsageError where more of the text than the share `allowed` cannot be said."""
+    if unknown["characters"] > allowed * characters:
+        raise UsageError(
+            f"{in_words(unknown, characters)}; allowed are {allowed:.2%}: give a tokenizer that knows them, such "
+            "as 'byte' or one made by --train-bpe, or a larger --allow-unknown"
+        )
