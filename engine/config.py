@@ -42,9 +42,14 @@ class RunConfig:
     rewarm: int = 20
     """Steps of linear warm-up after the optimizer was swapped: the new one's first steps are its least informed."""
     schedule: Kind = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    """Shape of the learning rate after the warm-up. wsd (warm-up, stable, decay) stays at the peak and falls along a
+    line at the end."""
     floor: float = 0.1
-    """Fraction of the peak learning rate at which the schedule ends."""
+    """Fraction of the peak learning rate at which the decay ends."""
+    decay_steps: int | None = None
+    """Cosine and linear: the step at which the decay ends, by default the last. Give the number of steps that a run
+    had, and lengthening it with --steps does not raise its rate. wsd: how many of the last steps decay, by default a
+    tenth; a checkpoint from before the decay can be trained on for as long as you like."""
     clip: Clip = "none"
     """Gradient clipping: each tensor's norm; the global norm, for which all gradients must exist at once; or by what
     the previous step's global norm asks for, which costs no memory."""
@@ -63,6 +68,9 @@ class RunConfig:
     """Folder of the run; by default a new one under runs/."""
     resume: str = "never"
     """"auto" continues from the newest whole checkpoint in `out` or starts anew; a path continues from that one."""
+    reorder: bool = False
+    """With --resume: go on although data, seed, sequence or batch are others, so that the place in the data means
+    nothing: a new pass over the data begins, in the new order."""
     eval_every: int = 100
     """Steps between evaluations on held-out text; one more follows the last step."""
     eval_windows: int = 64

@@ -14,14 +14,21 @@ from optimizers.core import Optimizer, Params, State
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError
 from .config import RunConfig
+from .position import read_on, saved_order
 from .step import Step
+from .task import Task
+
+UNSAID = ("resume", "out", "reorder")  # settings of one command, not of the run
 
 
 class Progress(NamedTuple):
     """What a checkpoint's trainer.json says of the run."""
 
     position: int
-    data: str
+    units: int  # of the task's, trained on
+    offset: int
+    order: dict[str, Any]  # what its position means, see `position.read_on`
+    rates: dict[str, float]  # the learning rates that the next step would have had, by group
     previous_norm: float
     swapped: int | None  # the step at which another optimizer took over, if one did
     config: dict[str, Any]
@@ -32,6 +39,9 @@ class Restored(NamedTuple):
 
     step: int
     position: int
+    offset: int  # units that the position counts more than were trained on
+    reads_on: str  # what has to be said of the position
+    rates: dict[str, float]  # that the next step would have had, by group
     swapped: int | None
     converted: list[Row]  # what became of another optimizer's state
     changed: list[str]  # settings that differ
@@ -42,24 +52,24 @@ def restore(
     step: Step,
     saved: Checkpoint,
     config: RunConfig,
-    data: str,
-    model_config: Mapping[str, Any],
+    task: Task,
     source: Optimizer | None = None,
 ) -> Restored:
-    """Put weights and state of `saved` into `step`, which trains on data of this fingerprint.
+    """Put weights and state of `saved` into `step`, which trains `task`.
 
     Given `source`, the optimizer that it was trained with, its state is converted. Raises CheckpointError, having
     changed nothing, if it cannot fit.
     """
-    progress = _progress(saved)
+    progress = _progress(saved, task.unit)
     was = progress.config
-    if progress.data != data or was["sequence"] != config.sequence:
+    start = read_on(saved.path, task, progress.order, progress.position, config.reorder, source is not None)
+    if progress.order == saved_order(task) and progress.units != task.units(progress.position) - progress.offset:
         raise CheckpointError(
-            f"{saved.path}: was trained on other data or with --sequence {was['sequence']}; its position in the "
-            "data means nothing here. Give it the same --data, --tokenizer and --sequence"
+            f"{saved.path / checkpoint.TRAINER}: edited, position {progress.position} is not {progress.units} "
+            f"{task.unit}; take another checkpoint"
         )
     expected = _expected(saved, source or step.optimizer, step.params)
-    _check_model(saved, step.params, model_config)
+    _check_model(saved, step.params, task.model_config())
     checkpoint.restore_into(step.params, saved.params)
     copies: dict[int, Tensor] = {}  # slots that two tensors share stay one
     state: State = {}
@@ -77,9 +87,10 @@ def restore(
     step.state.update(state)
     step.previous = torch.tensor(progress.previous_norm, device=step.device)
     now = config.plain()
-    changed = [f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in ("resume", "out")]
+    changed = [f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in UNSAID]
     swapped = saved.step if source is not None else progress.swapped
-    return Restored(saved.step, progress.position, swapped, converted, changed)
+    offset = task.units(start.position) - progress.units
+    return Restored(saved.step, start.position, offset, start.said, progress.rates, swapped, converted, changed)
 
 
 def _expected(saved: Checkpoint, optimizer: Optimizer, params: Params) -> State:
@@ -120,27 +131,30 @@ def _check_model(saved: Checkpoint, params: Params, model_config: Mapping[str, A
         )
 
 
-def _progress(saved: Checkpoint) -> Progress:
+def _progress(saved: Checkpoint, unit: str) -> Progress:
     """Raises CheckpointError where trainer.json does not say it, or contradicts itself."""
-    swapped = saved.trainer.get("swapped")
+    swapped, units = saved.trainer.get("swapped"), saved.trainer.get(unit)
     match saved.trainer:
         case {
             "position": int(position),
-            "tokens": int(tokens),
-            "data": str(data),
+            "offset": int(offset),
+            "data": dict(order),
+            "rates": dict(rates),
             "previous_norm": float(norm) | int(norm),
-            "config": {"sequence": int(sequence)},
+            "config": dict(config),
         } if (
-            bool not in map(type, (position, tokens, norm, swapped, sequence))
+            bool not in map(type, (position, offset, norm, swapped))
+            and type(units) is int
             and position >= 0
-            and tokens == position * sequence
+            and units >= 0
+            and all(type(rate) in (float, int) for rate in rates.values())
             and 0 <= norm < math.inf
             and (swapped is None or (isinstance(swapped, int) and 0 <= swapped <= saved.step))
         ):
-            return Progress(position, data, float(norm), swapped, saved.trainer["config"])
-    got = {k: saved.trainer.get(k) for k in ("position", "tokens", "previous_norm", "swapped", "data", "config")}
+            return Progress(position, units, offset, order, rates, float(norm), swapped, config)
+    got = {k: saved.trainer.get(k) for k in ("position", unit, "previous_norm", "swapped", "data", "config")}
     raise CheckpointError(
-        f"{saved.path / checkpoint.TRAINER}: is of no training run, or edited: expected a position, tokens that agree "
-        f"with it and config's sequence, a finite norm, the step of a swap or null, the data's fingerprint, "
+        f"{saved.path / checkpoint.TRAINER}: is of no training run of this version, or edited: expected a position, "
+        f"{unit}, the order of the data, learning rates, a finite norm, the step of a swap or null, a config, "
         f"got {str(got)[:200]}"
     )

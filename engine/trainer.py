@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +18,14 @@ from . import checkpoint, inspection, ownership, signals
 from .checkpoint import Checkpoint, WriteError
 from .checkpoint.saver import NotDeleted, Saver
 from .config import RunConfig
-from .data import Batches
 from .memory import counted_peak, peak_bytes
 from .metrics import Metrics
+from .position import saved_order
 from .restore import restore
-from .schedule import Schedule
+from .schedule import Schedule, rate_changes
 from .segments import Batch
 from .step import Result, Step
+from .task import Sums, Task, add
 
 
 class NonFiniteError(Exception):
@@ -41,26 +41,19 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """One run. `train()` returns the last held-out loss."""
+    """One run of a task. `train()` returns the metrics of the last evaluation."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        step: Step,
-        train: Batches,
-        validation: Batches,
-        out: Path,
-        model_config: Mapping[str, Any],
-    ) -> None:
-        self.config, self.step, self.data, self.validation = config, step, train, validation
-        self.out, self.model_config = out, model_config
-        self.schedule = Schedule(config.steps, config.warmup_steps, config.schedule, config.floor)
+    def __init__(self, config: RunConfig, step: Step, task: Task, out: Path) -> None:
+        self.config, self.step, self.task, self.out = config, step, task, out
+        self.schedule = Schedule(config.steps, config.warmup_steps, config.schedule, config.floor, config.decay_steps)
         self.groups = {group.name: group for group in step.optimizer.owner.values()}
         self.hypers: dict[str, Hyper] = {
             name: {key: torch.zeros((), device=step.device) for key in ("lr", "weight_decay")} for name in self.groups
         }
         self.done = 0  # optimizer steps
-        self.position = 0  # windows of the training data
+        self.position = 0  # rows of the training data
+        self.offset = 0  # units that the position counts more than were trained on: a pass was not finished
+        self.notes: list[str] = []  # what a user should know of how a resumed run goes on
         self.pending: list[tuple[int, Result]] = []  # steps whose numbers nobody has read yet
         self.skipped = 0  # bases kept because the gradient at their refresh was unusable
         self.measured: int | None = None  # most bytes of tensors at once in the last step
@@ -70,21 +63,38 @@ class Trainer:
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
         self.say: Callable[[str], None] = print
 
+    @torch.no_grad()
     def resume(self, saved: Checkpoint, source: Optimizer | None = None) -> list[str]:
-        """Continue from `saved`; returns settings that differ. Raises CheckpointError, having changed nothing, if it
-        cannot fit. Given `source`, the optimizer that it was trained with, its state is converted to this run's, and
-        `self.converted` says what became of it."""
-        was = restore(self.step, saved, self.config, self.data.tokens.fingerprint, self.model_config, source)
-        self.done, self.position, self.swapped, self.converted = was.step, was.position, was.swapped, was.converted
+        """Continue from `saved`; returns settings that differ. `self.notes` says what they change.
+
+        Raises CheckpointError, having changed nothing, if it cannot fit. Given `source`, the optimizer that it was
+        trained with, its state is converted to this run's, and `self.converted` says what became of it.
+        """
+        was = restore(self.step, saved, self.config, self.task, source)
+        self.done, self.swapped, self.converted = was.step, was.swapped, was.converted
+        self.position, self.offset = was.position, was.offset
         if self.swapped is not None:
             self.schedule = replace(self.schedule, swapped=self.swapped, rewarm=self.config.rewarm)
+        self.notes = [was.reads_on] if was.reads_on else []
+        if source is None:
+            self.notes += rate_changes(self.done, was.rates, self.rates(self.done))
         return was.changed
 
-    def train(self, metrics: Metrics, until: int | None = None) -> float:
+    def rates(self, step: int) -> dict[str, float]:
+        """The learning rate of each group at a step."""
+        return {name: group.lr * self.schedule.factor(step) for name, group in self.groups.items()}
+
+    @property
+    def trained(self) -> int:
+        """How many of the task's units the run has trained on."""
+        return self.task.units(self.position) - self.offset
+
+    def train(self, metrics: Metrics, until: int | None = None) -> dict[str, float]:
         """Run to the last step, or until so many are done. Raises NonFiniteError, Interrupted."""
         end = min(self.config.steps, until or self.config.steps)
-        config, tokens, since = self.config, 0, time.monotonic()
-        loss, self.say = math.nan, metrics.say
+        config, rows, since = self.config, 0, time.monotonic()
+        held_out: dict[str, float] = {}
+        evaluated, self.say = self.done, metrics.say
         with signals.noted(self.say) as asked, self._all_written():
             began = self.done
             while self.done < end:
@@ -92,21 +102,26 @@ class Trainer:
                 self.pending.append((self.done, self._counted_step() if counting else self._one_step()))
                 self.done += 1
                 self.position += config.micro_batch * config.accumulation
-                tokens += config.micro_batch * config.accumulation * config.sequence
+                rows += config.micro_batch * config.accumulation
+                if self.done == began + 1:  # what it took to compile is not how fast the run is
+                    self._wait_for_device()
+                    rows, since = 0, time.monotonic()
                 last = self.done == end or bool(asked)
                 metrics.show(self.done)
                 looking = config.inspect_every > 0 and self._due(config.inspect_every)
                 due = self._due(config.log_every, config.eval_every, config.save_every)
                 if not (last or looking or self.done == 1 or due):
                     continue
-                if scalars := self._settle():
-                    scalars["train/tokens_per_second"] = tokens / (time.monotonic() - since)
-                    scalars |= self._memory() | (self._look() if looking else {})
-                    self._log(metrics, scalars)
-                    metrics.show(self.done, self._line(scalars, loss))
+                scalars = self._settle()
+                if scalars and rows:
+                    speed = self.task.units(rows) / (time.monotonic() - since)
+                    scalars[f"train/{self.task.unit}_per_second"] = speed
+                scalars |= self._memory() | (self._look() if looking else {})
+                self._log(metrics, scalars)
                 if not asked and (last or self._due(config.eval_every)):
-                    loss = self.evaluate()
-                    self._log(metrics, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))})
+                    held_out, evaluated = self.evaluate(), self.done
+                    self._log(metrics, {f"eval/{name}": value for name, value in held_out.items()})
+                metrics.show(self.done, self._line(scalars, held_out, evaluated))
                 if last or self._due(config.save_every):
                     self._warn(self.saver.wait())
                     path = self.save()
@@ -117,19 +132,16 @@ class Trainer:
                         self._warn(error)
                     if asked.signum is not None:
                         raise Interrupted(asked.signum, path)
-                tokens, since = 0, time.monotonic()  # evaluation and saving are not training time
-        return loss if self.done and not math.isnan(loss) else self.evaluate()
+                rows, since = 0, time.monotonic()  # evaluation and saving are not training time
+        return held_out if held_out and evaluated == self.done else self.evaluate()
 
-    def evaluate(self) -> float:
-        """Mean loss over held-out windows, every target once."""
-        total = torch.zeros((), dtype=torch.float64)
-        count = torch.zeros((), dtype=torch.float64)
+    def evaluate(self) -> dict[str, float]:
+        """The task's metrics on its held-out rows."""
+        sums: Sums = {}
         params = self.step.view()
-        for batch in self.validation.evaluation(self.config.micro_batch, self.config.eval_windows):
-            loss, valid = self.step.chain.loss(params, self._to_device(batch))
-            total += loss.double().cpu()
-            count += valid.double().cpu()
-        return float(total / count)
+        for batch in self.task.evaluation(self.config.micro_batch):
+            add(sums, self.task.evaluate(self.step.chain, params, self._to_device(batch)))
+        return self.task.report(sums)
 
     def save_now(self) -> Path:
         """Write a checkpoint and wait for it. Raises NonFiniteError, WriteError."""
@@ -149,13 +161,15 @@ class Trainer:
             raise self._failure(f"step {self.done}: its update left {name} with values that are not finite")
         trainer = {
             "position": self.position,
-            "tokens": self.position * self.config.sequence,
-            "data": self.data.tokens.fingerprint,
+            self.task.unit: self.trained,
+            "offset": self.offset,
+            "data": saved_order(self.task),
+            "rates": self.rates(self.done),
             "previous_norm": self.step.previous.item(),
             "swapped": self.swapped,
             "config": self.config.plain(),
         }
-        self.saver.save(self.done, self.step.params, self.step.state, trainer, self.model_config, self._header())
+        self.saver.save(self.done, self.step.params, self.step.state, trainer, self.task.model_config(), self._header())
         return self.out / f"step-{self.done:08d}"
 
     def _header(self) -> dict[str, str]:
@@ -167,15 +181,15 @@ class Trainer:
         return any(self.done % n == 0 for n in every)
 
     def _one_step(self) -> Result:
-        config, factor = self.config, self.schedule.factor(self.done)
-        for name, group in self.groups.items():
-            self.hypers[name]["lr"].fill_(group.lr * factor)
-            self.hypers[name]["weight_decay"].fill_(group.weight_decay)
+        config = self.config
+        for name, rate in self.rates(self.done).items():
+            self.hypers[name]["lr"].fill_(rate)
+            self.hypers[name]["weight_decay"].fill_(self.groups[name].weight_decay)
         self.step.turn(self.done)
         size = config.micro_batch * config.accumulation
         first = self.position + (self.step.optimizer.batch(self.done) - self.done) * size
         batches = [
-            self._to_device(self.data.batch(first + j * config.micro_batch, config.micro_batch))
+            self._to_device(self.task.batch(first + j * config.micro_batch, config.micro_batch))
             for j in range(config.accumulation)
         ]
         return self.step(batches, self.hypers, self.done)
@@ -251,15 +265,22 @@ class Trainer:
         kind = "peak_allocated_gib" if self.step.device.type == "cuda" else "peak_resident_gib"
         return {f"memory/{kind}": peak_bytes(self.step.device) / 2**30}
 
-    def _line(self, scalars: Mapping[str, float], held_out: float) -> str:
+    def _line(self, scalars: Mapping[str, float], held_out: Mapping[str, float], evaluated: int) -> str:
+        """What is shown of the steps since the last line. An evaluation of an earlier step is said to be one."""
         memory = next(v for k, v in scalars.items() if k.startswith("memory/"))
+        speed = scalars.get(f"train/{self.task.unit}_per_second")
         parts = [
             f"loss {scalars['train/loss']:.3f}",
-            "" if math.isnan(held_out) else f"held-out {held_out:.3f}",
-            f"{scalars['train/tokens_per_second']:,.0f} tokens/s",
+            self.task.shown(held_out) if held_out else "",
+            f"(at step {evaluated})" if held_out and evaluated < self.done else "",
+            "" if speed is None else f"{speed:,.0f} {self.task.unit}/s",
             f"{memory:.2f} GiB",
         ]
         return "  ".join(filter(None, parts))
+
+    def _wait_for_device(self) -> None:
+        if self.step.device.type == "cuda":
+            torch.cuda.synchronize(self.step.device)
 
     def _to_device(self, batch: dict[str, Tensor]) -> Batch:
         return {name: t.to(self.step.device, non_blocking=True) for name, t in batch.items()}

@@ -9,7 +9,7 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor
 from engine import checkpoint, output, signals
 from engine.checkpoint import CheckpointError
 from engine.compile import can_compile
-from engine.data import Batches, Tokens, tokenizer_of
+from engine.data import Tokens, tokenizer_of
 from engine.data.prepare import Request, cached
 from engine.data.tokenizer import load_tokenizer
 from engine.memory import peak_bytes
@@ -30,6 +30,7 @@ from engine.plan import Built, cast, plan
 from engine.receipt import receipt
 from engine.segments import cut
 from engine.step import Step
+from engine.tasks.language import LanguageTask
 from engine.trainer import Interrupted, NonFiniteError, Trainer
 from models.llama import PRESETS, Llama
 from models.sampling import generate
@@ -71,8 +72,8 @@ def train(config: TrainConfig) -> Path:
         folder = cached(Path("runs/.data"), request, bar)
     tokens, held_out, tokenizer = Tokens(folder), Tokens(folder, "validation"), tokenizer_of(folder)
     size = config.micro_batch * config.accumulation
-    batches = Batches(tokens, config.sequence, fold(config.seed, "data"), size if config.align else 1)
-    validation = Batches(held_out, config.sequence)
+    for text in (tokens, held_out):
+        text.windows(config.sequence)  # long enough: before a model is made
 
     shape = config.shape(tokenizer.vocab_size)
     model = Llama(shape, seed=config.seed).to(device)
@@ -80,11 +81,21 @@ def train(config: TrainConfig) -> Path:
         model.to(torch.bfloat16)
     params: dict[str, Tensor] = dict(model.named_parameters())
     key = fold(config.seed, "optimizer")
-    setup = Setup(model, params, -(-batches.windows // size), key)
+    task = LanguageTask(
+        model,
+        tokens,
+        held_out,
+        config.sequence,
+        config=shape.to_hf(),
+        seed=config.seed,
+        align=size if config.align else 1,
+        eval_windows=config.eval_windows,
+    )
+    setup = Setup(model, params, -(-task.rows // size), key)
     optimizer = config.optimizer_for(setup)
     state = optimizer.init(params)
     step = Step(
-        cut(model),
+        task.segments(),
         params,
         optimizer,
         state,
@@ -103,12 +114,14 @@ def train(config: TrainConfig) -> Path:
         f"{len(tokens):,} training tokens in {documents}, {len(held_out):,} held out "
         f"({tokenizer.name}, vocabulary {tokenizer.vocab_size}); a step takes "
         f"{size * config.sequence:,}, the run "
-        f"{config.steps * size / batches.windows:.2f} epochs",
+        f"{config.steps * size / task.rows:.2f} epochs; an evaluation reads "
+        f"{min(config.eval_windows, task.held_out.windows):,} of {task.held_out.windows:,} held-out sequences, evenly "
+        "spaced",
     )
     if config.dry_run:
         return out
     config = dataclasses.replace(config, out=out)
-    trainer = Trainer(config, step, batches, validation, out, shape.to_hf())
+    trainer = Trainer(config, step, task, out)
     changed: list[str] = []
     if saved:  # before anything of the run is overwritten
         whole = checkpoint.load(saved)
@@ -128,6 +141,8 @@ def train(config: TrainConfig) -> Path:
     if saved:
         differs = f"; changed: {', '.join(changed)}" if changed else ""
         console.print(f"resuming {saved} at step {trainer.done}{differs}")
+        for note in trainer.notes:
+            console.print(note)
     until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
     if trainer.converted:
         path = trainer.save_now()
@@ -136,10 +151,10 @@ def train(config: TrainConfig) -> Path:
         if config.swap == "only":
             return out
     with Metrics(out, trainer.done, config.steps, console) as metrics:
-        loss = trainer.train(metrics, until)
+        found = trainer.train(metrics, until)
     if config.swap_at and until < config.steps:
         go_on(config, out / f"step-{until:08d}")
-    _finish(config, trainer, metrics, loss, console)
+    _finish(config, trainer, metrics, found, console)
     if trainer.measured:
         console.print(_memory(config, trainer, tokenizer.vocab_size, setup.epoch))
     prompt = tokenizer.encode(config.prompt) or [tokenizer.eos]
@@ -249,29 +264,32 @@ def _newest(out: Path, console: Console) -> Path | None:
     return found.path
 
 
-def _finish(config: TrainConfig, trainer: Trainer, metrics: Metrics, loss: float, console: Console) -> None:
+def _finish(
+    config: TrainConfig, trainer: Trainer, metrics: Metrics, held_out: Mapping[str, float], console: Console
+) -> None:
     """The loss curve, and where everything is."""
-    out = trainer.out
+    out, task = trainer.out, trainer.task
     curve = [(int(r["step"]), r["train/loss"]) for r in metrics.history if "train/loss" in r]
     points = [(int(r["step"]), r["eval/loss"]) for r in metrics.history if "eval/loss" in r]
-    points = points or [(trainer.done, loss)]  # a finished run, resumed in another folder, trained nothing
+    points = points or [(trainer.done, held_out["loss"])]  # a finished run, resumed in another folder, trained nothing
     label = getattr(config, "optimizer", "loss")
-    trained, held_out = (([s for s, _ in rows], [y for _, y in rows]) for rows in (curve, points))
-    loss_curve(out / "loss.png", {label: trained}, f"{out.name}: loss in nats per token", held_out={label: held_out})
-    rates = [r["train/tokens_per_second"] for r in metrics.history if "train/loss" in r]
-    tokens = config.micro_batch * config.accumulation * config.sequence
+    trained, evaluated = (([s for s, _ in rows], [y for _, y in rows]) for rows in (curve, points))
+    title = f"{out.name}: loss in {task.loss_unit}"
+    loss_curve(out / "loss.png", {label: trained}, title, held_out={label: evaluated})
+    rates = [r[key] for r in metrics.history if (key := f"train/{task.unit}_per_second") in r]
+    units = task.units(config.micro_batch * config.accumulation)
     result = {
         "steps": trainer.done,
-        "tokens": trainer.position * config.sequence,
-        "eval/loss": loss,
+        task.unit: trainer.trained,
+        **{f"eval/{name}": value for name, value in held_out.items()},
         "curve": points,
         "state_bytes": total_bytes(trainer.step.state),
         "peak_bytes": peak_bytes(trainer.step.device),
-        "seconds_per_step": tokens / median(rates) if rates else None,
+        "seconds_per_step": units / median(rates) if rates else None,
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(
-        f"held-out loss {loss:.4f} nats per token\n"
+        f"held-out loss {held_out['loss']:.4f} {task.loss_unit}\n"
         f"checkpoint   {checkpoint.latest(out).path or config.resume}\n"
         f"loss curve   {out / 'loss.png'}\n"
         f"numbers      {out / 'metrics.jsonl'}, {out / 'result.json'}\n"

@@ -7,6 +7,7 @@ import lzma
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from engine.data import IGNORED, Batches, Tokens, read_index, tokenizer_of
-from engine.data.order import order
+from engine.data.order import order, spaced
 from engine.data.prepare import Request, prepare
 from engine.data.text import documents, expand, standard_library
 from optimizers.core import UsageError
@@ -319,5 +320,23 @@ def test_evaluation_goes_once_through_the_text_in_batches_of_one_shape(tmp_path:
     assert all(
         int(batch["input_ids"].min()) >= 0 and int(batch["input_ids"].max()) < tokens.vocab_size for batch in found
     )
-    limited = list(Batches(tokens, seq=4).evaluation(size=3, limit=4))
-    assert len(limited) == 2 and (limited[1]["targets"] != IGNORED).sum() == 4
+
+
+def test_a_part_of_the_held_out_text_is_spread_evenly_over_it(tmp_path: Path) -> None:
+    tokens = Tokens(prepared(tmp_path, "train", validation="abcdefghijklmnopqrstuvwxyz012"), "validation")
+    batches = Batches(tokens, seq=4)
+    assert batches.windows == 8
+    limited = list(batches.evaluation(size=3, limit=4))
+    assert [tuple(batch["targets"].shape) for batch in limited] == [(3, 4)] * 2
+    targets = torch.cat([batch["targets"] for batch in limited])
+    assert targets[:4].tolist() == [tokens.window(k, 4)[1].tolist() for k in (1, 3, 5, 7)]
+    assert (targets[4:] == IGNORED).all(), "the last batch is filled up with rows without targets"
+    assert all(a["targets"].equal(b["targets"]) for a, b in zip(limited, batches.evaluation(3, 4), strict=True)), (
+        "the same ones every time"
+    )
+    for rows in (1, 2, 7, 64, 1000):
+        for limit in (1, 3, 64, None):
+            chosen = spaced(rows, limit).tolist()
+            assert len(set(chosen)) == len(chosen) == min(limit or rows, rows)
+            gaps = {b - a for a, b in pairwise([*chosen, chosen[0] + rows])}
+            assert max(gaps) - min(gaps) <= 1 and chosen[0] >= 0 and chosen[-1] < rows

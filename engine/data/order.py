@@ -1,4 +1,4 @@
-"""A pseudo-random order of the windows, new in each epoch, of which any place is found at once."""
+"""A pseudo-random order of the rows, new in each epoch, of which any place is found at once."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +8,36 @@ from optimizers.random import fold
 ROUNDS = 6
 
 Ints = npt.NDArray[np.int64]
+
+
+class Epochs:
+    """Rows 0 ... `rows - 1` in a new pseudo-random order each epoch, forever.
+
+    The position is one integer, the rows consumed since the start of training: row i of the run is at place i % rows
+    of epoch i // rows. Batches may straddle epochs, so none is short and no row is lost; unless epochs must begin with
+    a batch of `align` rows: then each is filled up with blanks, numbered -1.
+    """
+
+    def __init__(self, rows: int, seed: int, align: int = 1) -> None:
+        self.rows, self.seed = rows, seed
+        self.length = -(-rows // align) * align  # positions in one
+
+    def which(self, position: int, size: int) -> Ints:
+        """The rows at `position`, ..., `position + size - 1`; int64 (size,)."""
+        epoch, place = divmod(position, self.length)
+        chosen: list[Ints] = []
+        while size > 0:
+            places = np.arange(place, min(place + size, self.length))
+            real = places[places < self.rows]
+            chosen += [order(self.seed, epoch, self.rows, real), np.full(len(places) - len(real), -1)]
+            epoch, place, size = epoch + 1, 0, size - len(places)
+        return np.concatenate(chosen)
+
+
+def spaced(rows: int, limit: int | None) -> Ints:
+    """At most `limit` of range(rows), evenly spaced and always the same ones, ascending; int64."""
+    count = rows if limit is None else min(limit, rows)
+    return (2 * np.arange(count, dtype=np.int64) + 1) * rows // (2 * max(count, 1))
 
 
 def order(seed: int, epoch: int, n: int, positions: Ints) -> Ints:

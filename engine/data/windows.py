@@ -17,7 +17,7 @@ from torch import Tensor
 from optimizers.core import UsageError
 
 from .index import read_index
-from .order import Ints, order
+from .order import Epochs, Ints, spaced
 from .split import Side
 
 IGNORED = -100
@@ -26,7 +26,8 @@ IGNORED = -100
 class Tokens:
     """The tokens of one split of a prepared folder, as one long sequence.
 
-    `eos` and `vocab_size` are the tokenizer's; `fingerprint` is equal for equal tokens, however cut into files.
+    `eos` and `vocab_size` are the tokenizer's, `tokenizer` is its fingerprint; `fingerprint` is equal for equal tokens,
+    however cut into files.
     """
 
     def __init__(self, folder: Path, split: Side = "train") -> None:
@@ -34,6 +35,7 @@ class Tokens:
         self.folder, self.split = folder, split
         self.eos: int = index["tokenizer"]["eos"]
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
+        self.tokenizer: str = index["tokenizer"]["fingerprint"]
         self.documents: int = index["splits"][split]["documents"]
         self.fingerprint: str = index["splits"][split]["sha256"]
         shards, dtype = index["splits"][split]["shards"], np.dtype(index["dtype"]).newbyteorder("<")
@@ -74,28 +76,18 @@ class Tokens:
 
 
 class Batches:
-    """Windows of `seq` tokens in a new pseudo-random order each epoch, forever.
-
-    The position is one integer, the windows consumed since the start of training: window i of the run is at place
-    i % n of epoch i // n. Batches may straddle epochs, so none is short and none is lost; unless epochs must begin
-    with a batch of `align` windows: then each is filled up with rows without any target, numbered -1.
-    """
+    """Windows of `seq` tokens, in a new pseudo-random order each epoch, forever: see `Epochs`. Blanks are rows without
+    any target."""
 
     def __init__(self, tokens: Tokens, seq: int, seed: int = 0, align: int = 1) -> None:
         self.tokens, self.seq, self.seed = tokens, seq, seed
         self.windows = tokens.windows(seq)
-        self.epoch = -(-self.windows // align) * align  # positions in one
+        self.epochs = Epochs(self.windows, seed, align)
+        self.epoch = self.epochs.length  # positions in one
 
     def which(self, position: int, size: int) -> Ints:
-        """The windows at `position`, ..., `position + size - 1`."""
-        epoch, place = divmod(position, self.epoch)
-        chosen: list[Ints] = []
-        while size > 0:
-            places = np.arange(place, min(place + size, self.epoch))
-            real = places[places < self.windows]
-            chosen += [order(self.seed, epoch, self.windows, real), np.full(len(places) - len(real), -1)]
-            epoch, place, size = epoch + 1, 0, size - len(places)
-        return np.concatenate(chosen)
+        """The windows at `position`, ..., `position + size - 1`; -1 is a blank."""
+        return self.epochs.which(position, size)
 
     def batch(self, position: int, size: int) -> dict[str, Tensor]:
         """`input_ids` and `targets`, int64 (size, seq). Targets are shifted already; IGNORED ones count for nothing."""
@@ -103,13 +95,14 @@ class Batches:
         return self._stack(rows)
 
     def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """The first `limit` windows (all by default), once, in the order of the text, as batches like `batch`'s.
+        """`limit` windows (all by default), evenly spaced over the text and in its order, as batches like `batch`'s.
 
-        The last batch is filled up with rows without any target, so that every batch has the same shape.
+        They are the same ones every time. The last batch is filled up with rows without any target, so that every
+        batch has the same shape.
         """
-        count = self.windows if limit is None else min(limit, self.windows)
-        for first in range(0, count, size):
-            rows = [self.tokens.window(k, self.seq) for k in range(first, min(first + size, count))]
+        chosen = spaced(self.windows, limit)
+        for first in range(0, len(chosen), size):
+            rows = [self.tokens.window(int(k), self.seq) for k in chosen[first : first + size]]
             yield self._stack(rows + [self._blank] * (size - len(rows)))
 
     @property

@@ -1,0 +1,1 @@
+"""What can be trained: one kind of task a file."""
