@@ -59,7 +59,7 @@ class RunConfig:
     """Weights and arithmetic in fp32 or bf16; bf16-sr rounds weight updates stochastically; mixed keeps fp32 weights
     and computes in bf16. Second moments are fp32 always."""
     compile: Mode = "segments"
-    """Compile segment by segment, the whole step as one graph, or not at all."""
+    """Compile segment by segment, or not at all."""
     recompute: bool = False
     """Rebuild activations in backward instead of keeping them."""
     seed: int = 0

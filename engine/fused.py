@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function
 from torch._inductor.compile_fx import partition_fn
 from torch._inductor.decomposition import select_decomp_table
@@ -72,17 +71,6 @@ def _flat(function: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> Cal
         return function(*tree_unflatten([next(rest) if x is Tensor else x for x in leaves], spec))
 
     return flat
-
-
-def fused_whole(function: Callable[..., Any], tally: Tally) -> Any:
-    """The same by way of Dynamo, which finds all tensors that the function reaches, and takes twice the time."""
-    backend = aot_autograd(
-        fw_compiler=_compiler(tally),
-        partition_fn=partition_fn,
-        decompositions=select_decomp_table(),
-        keep_inference_input_mutations=True,
-    )
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _compiler(tally: Tally) -> Callable[..., Any]:

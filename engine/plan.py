@@ -5,7 +5,6 @@ when. Nothing here repeats what the step, an optimizer or a model does, so nothi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optimizers.core import Optimizer, Params, Rule, Slots, State
 from optimizers.random import Key
 
-from . import graph
 from .config import RunConfig
-from .fused import fused, fused_whole
+from .fused import fused
 from .kernel import Kernel
 from .segments import Batch, Segment
 from .step import Step
@@ -102,7 +100,7 @@ def _simulated(
     """Peaks by moment of `steps` with each of these numbers of micro-batches; and the bytes of the fresh state."""
     cuda = device == "cuda"
     tally = Tally((lambda n: -(-n // 512) * 512) if cuda else (lambda n: n))
-    with FakeTensorMode(allow_non_fake_inputs=True), _Drawn(), _one_graph(tally):  # type: ignore[no-untyped-call]
+    with FakeTensorMode(allow_non_fake_inputs=True), _Drawn():  # type: ignore[no-untyped-call]
         segments, params, optimizer = build()
         state = optimizer.init(params)
         fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state)}.values())
@@ -113,7 +111,7 @@ def _simulated(
             params,
             _watched(optimizer, tally),
             state,
-            mode="step" if config.compile == "step" else "off",
+            mode="off",
             recompute=config.recompute,
             clip=config.clip,
             clip_norm=config.clip_norm,
@@ -137,8 +135,6 @@ def _simulated(
                 with tally, tally.doing("turn", "turn workspace"):
                     step.turn(i)
                     _each(tally.name, step.state)
-                if config.compile == "step":  # compiles
-                    step(batches, hypers, i)
                 with tally:
                     step(batches, hypers, i)
             found.append(tally.peaks(before))
@@ -258,14 +254,3 @@ def _watch(step: Step, tally: Tally, compiled: bool) -> None:
         (step, "kernel", watched_kernel),
     ):
         setattr(owner, name, function)
-
-
-@contextmanager
-def _one_graph(tally: Tally) -> Iterator[None]:
-    """Mode "step" compiles its one graph by `graph.compiled`: in here, that only counts."""
-    before = graph.compiled  # type: ignore[attr-defined]
-    graph.compiled = lambda function: fused_whole(function, tally)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        graph.compiled = before  # type: ignore[attr-defined]

@@ -1,13 +1,12 @@
 """One optimizer step: gradients from a chain of segments, each segment updated in place as they appear.
 
     mode "segments"   compiled segments and updates, gradients of one segment at a time
-    mode "step"       everything in one compiled graph
-    mode "off"        as "segments", uncompiled
+    mode "off"        the same, uncompiled
 
-All three give the same numbers, with activations stored or recomputed.
+Both give the same numbers, with activations stored or recomputed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,11 +17,10 @@ from optimizers.random import Key, fold
 
 from . import passes
 from .compile import compiled
-from .graph import Move, make_graph
 from .kernel import Kernel, make_kernel
 from .segments import Batch, Chain, Segment
 
-Mode = Literal["segments", "step", "off"]
+Mode = Literal["segments", "off"]
 Clip = Literal["none", "tensor", "global", "previous"]
 
 
@@ -83,7 +81,6 @@ class Step:
         self.clip_norm = torch.tensor(clip_norm, device=self.device)
         self.previous = torch.tensor(0.0, device=self.device)  # the last step's norm; part of a run's state
         self._kernels: dict[object, Kernel] = {}
-        self._graphs: dict[tuple[str, ...], Callable[..., tuple[Tensor, Params, Tensor | None]]] = {}
 
     def __call__(self, batches: Sequence[Batch], hypers: Mapping[str, Hyper], step: int) -> Result:
         """Train on `batches`, the micro-batches of step `step`; `hypers` holds 0-d lr and weight_decay by group."""
@@ -93,11 +90,8 @@ class Step:
             p.requires_grad_(name in trainable)
         update = _Update(self, trainable, hypers, step)
         scales = self._scales(batches)
-        if self.mode == "step":
-            loss = self._in_one_graph(batches, everything, scales, update)
-        else:
-            run = passes.recomputed if self.recompute else passes.stored
-            loss = run(self.chain, everything, batches, scales, update.use)
+        run = passes.recomputed if self.recompute else passes.stored
+        loss = run(self.chain, everything, batches, scales, update.use)
         return update.finish(loss)
 
     def view(self) -> Params:
@@ -130,28 +124,6 @@ class Step:
     def moved(self, names: Iterable[str]) -> list[str]:
         """The parameters that these gradients move."""
         return [self.optimizer.moves.get(name, name) for name in names]
-
-    def _in_one_graph(
-        self, batches: Sequence[Batch], params: Params, scales: list[Tensor], update: "_Update"
-    ) -> Tensor:
-        """The last micro-batch's graph ends in the update, unless a basis must be rebuilt from the gradients first."""
-        names = tuple(update.trainable)
-        if names not in self._graphs:
-            moved = self.moved(names)
-            kernel = make_kernel([self.optimizer.owner[n].rule for n in moved], _scaling(self.clip))
-            bound = self.clip_norm if self.clip == "global" else None
-            self._graphs[names] = make_graph(self.chain, names, moved, kernel, self.recompute, bound)
-        bare = {name: p.detach() for name, p in {**self.params, **params}.items()}
-        total, held, squares = torch.zeros_like(scales[0]), None, None
-        for j, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
-            move = update.move(self.moved(names)) if j == len(batches) - 1 and not update.due else None
-            loss, held, squares = self._graphs[names](bare, batch, scale, held, move)
-            total += loss
-        if squares is not None:
-            update.squares.append((names, squares))
-        elif held is not None:
-            update.use(held)
-        return total
 
     def _scales(self, batches: Sequence[Batch]) -> list[Tensor]:
         """What each micro-batch's loss is multiplied by: 1 / valid targets of the step, or 1 / count of means."""
@@ -213,20 +185,19 @@ class _Update:
                     if value is not state[name][slot]:
                         state[name][slot].copy_(value)
                 self.refreshed.append(ok)
-        move = self.move(names)
+        owner = self.step.optimizer.owner
+        held, hypers = [state[name] for name in names], [self.hypers[owner[name].name] for name in names]
         params = [self.step.params[name].detach() for name in names]
         kernel = self.step.kernel(tuple(names))
-        squares = kernel(list(grads.values()), move.slots, params, move.hypers, move.bound, move.seed)
+        squares = kernel(list(grads.values()), held, params, hypers, self.bound, self._seed(names[0]))
         self.squares.append((tuple(grads), squares))
 
-    def move(self, names: Sequence[str]) -> Move:
-        """The kernel's arguments for these parameters."""
-        seed = None
-        if self.step.stochastic_rounding:  # low bits stay free for the kernel's own count
-            number = fold(self.step.key, "rounding", names[0], self.count) & 0x7FFF0000
-            seed = torch.tensor(number, dtype=torch.int32, device=self.step.device)
-        owner = self.step.optimizer.owner
-        return Move([self.step.state[n] for n in names], [self.hypers[owner[n].name] for n in names], self.bound, seed)
+    def _seed(self, name: str) -> Tensor | None:
+        """Of stochastic rounding, for the parameters of the segment whose first one this is."""
+        if not self.step.stochastic_rounding:
+            return None
+        number = fold(self.step.key, "rounding", name, self.count) & 0x7FFF0000  # low bits: the kernel's own count
+        return torch.tensor(number, dtype=torch.int32, device=self.step.device)
 
 
 def _scaling(clip: Clip) -> Literal["none", "tensor", "scale"]:

@@ -56,7 +56,7 @@ def merged(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, b: Tensor)
     y = F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return y
-    return _Tap.apply(y, x.detach() @ p, b.view_as(b))  # a view: see _Tap
+    return _Tap.apply(y, x.detach() @ p, b)
 
 
 def products(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, b: Tensor) -> Tensor:
@@ -71,13 +71,7 @@ def products(x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, b: Tenso
 
 
 class _Tap(torch.autograd.Function):
-    """y (..., out) as it is, with a gradient for b (out, r) on the way back: dYᵀ z, z (..., r).
-
-    torch 2.13, inlining a Function in a compiled `torch.func.vjp`, loses its backward without a word where all its
-    differentiated inputs are themselves arguments of the differentiated function (pytorch issue 193279), and
-    needs_input_grad is False for those. Here y never is one, and callers pass a view of b all the same;
-    needs_input_grad is not read.
-    """
+    """y (..., out) as it is, with a gradient for b (out, r) on the way back: dYᵀ z, z (..., r)."""
 
     @staticmethod
     def forward(y: Tensor, z: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import typeguard
 
 from engine.checkpoint import Checkpoint, CheckpointError
-from engine.config import RunConfig
+from engine.config import PLACED, RunConfig
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.adamw import adamw
 from optimizers.core import Group, Optimizer, Params, Rule, UsageError, partition
@@ -151,9 +151,11 @@ def unknown(saved: Checkpoint, why: Exception) -> CheckpointError:
 
 
 def from_plain(kind: type[TrainConfig], plain: Mapping[str, Any]) -> TrainConfig:
-    """A config from what `TrainConfig.plain` made of it. Raises TypeError where a value is of another type."""
+    """A config from what `TrainConfig.plain` made of it, but not where and how it ran. Raises TypeError where a value
+    is of another type."""
     types = typing.get_type_hints(kind)
-    given = {f.name: plain[f.name] for f in dataclasses.fields(kind) if f.name in plain}
+    carried = [f.name for f in dataclasses.fields(kind) if f.name in plain and f.name not in PLACED]
+    given = {name: plain[name] for name in carried}
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)

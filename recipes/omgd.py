@@ -115,8 +115,6 @@ class Pretrain(TrainConfig):
                 f"--by tensors: got --compile {self.compile}, expected off: every set of tensors that train inside a "
                 "segment would be compiled anew"
             )
-        if self.by == "layers" and self.compile == "step":
-            raise UsageError("--compile step: one graph of everything would be compiled for every mask; use segments")
 
 
 def groups(config: Pretrain, params: Params) -> list[Group]:

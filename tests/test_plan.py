@@ -185,7 +185,6 @@ def test_compiled_the_prediction_is_within_five_percent(method, recompute, shape
 @pytest.mark.parametrize(
     "options",
     [
-        dict(compile="step"),
         dict(clip="global"),
         dict(accumulation=5, recompute=True),
         dict(precision="mixed"),

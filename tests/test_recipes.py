@@ -138,8 +138,8 @@ def test_a_compiled_run_gives_the_numbers_of_an_uncompiled_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--compile step", "--recompute --accumulation 2 --precision mixed --clip previous"])
-def test_other_ways_to_compile_a_run(tmp_path, flags):
+def test_a_compiled_run_with_other_settings(tmp_path):
+    flags = "--recompute --accumulation 2 --precision mixed --clip previous"
     corpus(tmp_path)
     plain = here(tmp_path, f"baseline {TINY} --out plain {flags} --compile off")
     compiled = here(tmp_path, f"baseline {TINY} --compile segments {flags} --out compiled")

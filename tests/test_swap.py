@@ -10,6 +10,7 @@ from test_recipes import ROOT, TINY, Done, column, corpus, finish, here, start
 from test_trainer import newest
 
 from engine import checkpoint
+from recipes.config import trained_by
 
 TARGETS = {
     "snsm": "snsm demo --rank 4",
@@ -97,6 +98,13 @@ def test_products_are_merged_before_they_are_left(trained, tmp_path):
         assert done.code == 0, done.err
         losses[name] = dict(column(tmp_path / name, "train/loss"))[13]
     assert abs(losses["rso"] - losses["adamw"]) < 1e-5, losses
+
+
+def test_where_and_how_a_run_was_compiled_does_not_matter_to_its_optimizer(trained):
+    """A checkpoint may name a mode that there is no more."""
+    saved = newest(trained / "run0")
+    old = saved._replace(trainer=saved.trainer | {"config": saved.trainer["config"] | {"compile": "step"}})
+    assert trained_by(old) == trained_by(saved)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_with_the_way_out(trained):
