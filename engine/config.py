@@ -18,10 +18,15 @@ class RunConfig:
     """Data, length, precision and bookkeeping of a run. Optimizer and model are the recipe's."""
 
     data: tuple[str, ...] = ()
-    """Text to train on: .txt, .jsonl (field "text"), .parquet, each also as .gz, .xz or .bz2; folders and globs of
-    these; or a folder made by tools.prepare. Without it: the sources of this Python's standard library."""
+    """Text to train on: .txt .md .py ..., or rows in .jsonl .json .csv .tsv .parquet .arrow, each also as .gz .xz .bz2
+    or .zst; folders and globs of these; or a folder made by tools.prepare. Without it: the sources of this Python's
+    standard library."""
     validation: tuple[str, ...] = ()
     """Held-out text. Without it, a part of the documents of `data` is set aside and never trained on."""
+    field: str = "text"
+    """The field, or column, of a row that holds its text."""
+    allow_malformed: float = 0.0
+    """The share of the rows that may be malformed and left out; 0 stops at the first."""
     tokenizer: str = "byte"
     """"byte", or a path: tokenizer.json, a vocab.bpe + encoder.json pair, vocab.txt, a sentencepiece .model, or the
     folder that holds one of them."""

@@ -67,7 +67,13 @@ def train(config: TrainConfig) -> Path:
     bar = Bar(console)
     with bar.progress:
         request = Request(
-            config.data, config.validation, config.tokenizer, eos=config.eos, allow_unknown=config.allow_unknown
+            config.data,
+            config.validation,
+            config.tokenizer,
+            config.eos,
+            config.allow_unknown,
+            config.field,
+            config.allow_malformed,
         )
         folder = cached(Path("runs/.data"), request, bar)
     tokens, held_out, tokenizer = Tokens(folder), Tokens(folder, "validation"), tokenizer_of(folder)

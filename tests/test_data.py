@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import torch
 from engine.data import IGNORED, Batches, Tokens, read_index, tokenizer_of
 from engine.data.order import order, spaced
 from engine.data.prepare import Request, prepare
-from engine.data.text import documents, expand, standard_library
+from engine.data.text import documents, standard_library
 from optimizers.core import UsageError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -67,7 +66,7 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert list(documents(tmp_path / "a.parquet")) == ["one", "two"]
     for name, message in (
         ("null", "row 2: got None"),
-        ("other", "columns .'content'.; expected"),
+        ("other", "columns .'content'.; expected one named 'text'"),
         ("broken", "not a parquet file"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -79,27 +78,6 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(UsageError, match=r"a.parquet: parquet needs pyarrow.*leanstep\[data\]"):
         list(documents(tmp_path / "a.parquet"))
-
-
-def test_parquet_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the library, so that this is tested without it too."""
-
-    class File:
-        schema_arrow = SimpleNamespace(names=["text"])
-        __enter__ = __exit__ = lambda *_: None
-
-        def __init__(self, path: Path) -> None: ...
-
-        def iter_batches(self, columns: list[str]) -> list[SimpleNamespace]:
-            rows = [["one", ""], ["two", 3]]
-            cells = [[SimpleNamespace(as_py=lambda value=value: value) for value in row] for row in rows]
-            return [SimpleNamespace(column=lambda k, row=row: row) for row in cells]
-
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", SimpleNamespace(ParquetFile=File))
-    reader = documents(tmp_path / "a.parquet")
-    assert [next(reader), next(reader)] == ["one", "two"]
-    with pytest.raises(UsageError, match=r"a.parquet, row 4: got 3; expected a string in column 'text'"):
-        next(reader)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +92,7 @@ def test_parquet_is_read_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: damaged or cut short"),
         ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}')[:-9], "a.jsonl.bz2: damaged or cut short"),
         ("a.txt.xz", b"not packed at all", "a.txt.xz: damaged or cut short"),
-        ("a.txt.gz", b"not packed at all", "a.txt.gz: cannot be read .*it is damaged"),
+        ("a.txt.gz", b"not packed at all", "a.txt.gz: damaged or cut short"),
         ("a.txt.bz2", b"not packed at all", "a.txt.bz2: cannot be read .*it is damaged"),
         ("a.txt", b"one\ntwo \xff", "a.txt, line 2: not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl, line 2: not UTF-8"),
@@ -134,41 +112,6 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 def test_a_file_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a.txt: cannot be read \(No such file or directory\)"):
         list(documents(tmp_path / "a.txt"))
-
-
-def test_paths_are_files_folders_and_patterns(tmp_path: Path) -> None:
-    for name in (
-        "b/z.txt",
-        "b/a.jsonl.xz",
-        "b/c/m.parquet",
-        "b/.hidden/h.txt",
-        "b/notes.md",
-        "b/x.parquet.gz",
-        "[1].txt",
-        "s.PY",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-
-    def names(*paths: str) -> list[str]:
-        return [file.relative_to(tmp_path).as_posix() for file in expand([tmp_path / path for path in paths])]
-
-    assert names("b") == ["b/a.jsonl.xz", "b/c/m.parquet", "b/z.txt"]
-    assert names("s.PY", "b/c", "[1].txt") == ["s.PY", "b/c/m.parquet", "[1].txt"]
-    assert names("b/*.txt") == ["b/z.txt"] and names("b/**/*.parquet") == ["b/c/m.parquet"]
-    for path, message in (
-        ("nothing", "nothing: no such file or folder"),
-        ("b/*.jsonl", "matches no file"),
-        ("b/.hidden/../c/../notes.md", r"notes.md: not a kind of file that can be read; expected .txt .py .jsonl"),
-        ("b/x.parquet.gz", "not a kind of file"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            names(path)
-    with pytest.raises(UsageError, match=r"z.txt: named twice"):
-        names("b", "b/z.txt")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="empty: nothing to read in this folder"):
-        names("empty")
 
 
 def test_the_standard_library_is_a_corpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

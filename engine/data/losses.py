@@ -5,6 +5,7 @@ from typing import Any
 
 from optimizers.core import UsageError
 
+from .text import Passed
 from .unknown import Packed
 
 # Characters that cannot be said; documents that hold some, and that are nothing else or encode to no token at all; the
@@ -24,6 +25,12 @@ def counted(so_far: Mapping[str, Any], packed: Packed, places: Sequence[str]) ->
             if len(now["some"]) < 10:
                 now["some"] = "".join(dict.fromkeys(now["some"] + "".join(lost.split())))[:10]
     return now
+
+
+def refuse_malformed(passed: Passed, field: str, allowed: float) -> None:
+    """Raises UsageError where more than the share `allowed` of the rows are malformed."""
+    if passed.malformed > allowed * passed.rows:
+        raise UsageError(f"{passed.in_words(field)}; allowed are {allowed:.2%}: repair them, or use --allow-malformed")
 
 
 def in_words(unknown: Mapping[str, Any], characters: int) -> str:

@@ -7,7 +7,7 @@ them is certain, and up to which document; whatever lies beyond it when work goe
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import numpy as np
 from optimizers.core import UsageError
 
 from ..durable import alone, sha256, write_whole
+from .files import find
 from .index import INDEX, SCHEMA, read_index
-from .losses import NOTHING_UNKNOWN, counted, in_words, refuse_unknown
+from .losses import NOTHING_UNKNOWN, counted, in_words, refuse_malformed, refuse_unknown
 from .shards import Shards, Table
 from .split import SIDES, Side, Split, digest, hold_out
-from .text import documents, expand, standard_library
+from .text import Passed, documents, standard_library
 from .tokenizer import Tokenizer, load_tokenizer, train_bpe
 from .unknown import Ids
 
@@ -35,7 +36,8 @@ class Request:
     """What to prepare. Equal content gives byte-identical output, wherever the files lie."""
 
     data: tuple[str, ...] = ()
-    """Files (.txt .py .jsonl .parquet; .xz .gz .bz2), folders or glob patterns; none: Python's standard library."""
+    """Files of text (.txt .md .py ...) or rows (.jsonl .json .csv .tsv .parquet .arrow), also as .gz .xz .bz2 .zst;
+    folders or glob patterns of these; none: Python's standard library."""
     validation: tuple[str, ...] = ()
     """The same, for validation; none: a part of the data is held out, chosen by a hash of each document's content."""
     tokenizer: str = "byte"
@@ -46,6 +48,11 @@ class Request:
     config.json beside the tokenizer name, else the first of a list of usual ones."""
     allow_unknown: float = 0.01
     """The share of the characters that the tokenizer may be unable to say; above it, nothing is prepared."""
+    field: str = "text"
+    """The field, or column, of a row that holds its text."""
+    allow_malformed: float = 0.0
+    """The share of the rows that may be malformed (not UTF-8, not JSON, no string): left out and counted. Above it,
+    nothing is prepared; 0 stops at the first."""
     train_bpe: int = 0
     """Train a byte-level BPE of this vocabulary size on the training text, and use it instead of a given tokenizer."""
     validation_fraction: float = 0.005
@@ -60,14 +67,14 @@ def prepare(out: Path, request: Request, report: Report = lambda what, done, tot
     Returns `out`, at once where it is made already. Raises UsageError for data or a tokenizer that cannot be read, and
     for a folder that holds something else.
     """
-    return _prepare(out, _Job(request), report)
+    return _prepare(out, _Job(request, out), report)
 
 
 def cached(cache: Path, request: Request, report: Report = lambda what, done, total: None) -> Path:
     """The prepared folder of `request` below `cache`, made if it is not there; data prepared already is returned."""
     if len(request.data) == 1 and (ready := Path(request.data[0]).expanduser()).is_dir() and (ready / INDEX).exists():
         return ready
-    job = _Job(request)
+    job = _Job(request, cache)
     name = hashlib.blake2b(json.dumps([SCHEMA, job.identity]).encode(), digest_size=8).hexdigest()
     return _prepare(cache / name, job, report)
 
@@ -75,34 +82,44 @@ def cached(cache: Path, request: Request, report: Report = lambda what, done, to
 class _Job:
     """A request, its files found and its tokenizer loaded. `identity` is all that the output depends on."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, output: Path) -> None:
         if request.train_bpe and request.tokenizer != "byte":
             raise UsageError(
                 f"train_bpe: got {request.train_bpe}, and tokenizer {request.tokenizer!r}; give one of them"
             )
         if request.shard_tokens < 1:
             raise UsageError(f"shard_tokens: got {request.shard_tokens}; expected at least 1")
-        if not 0 <= request.allow_unknown <= 1:
-            raise UsageError(f"allow_unknown: got {request.allow_unknown}; expected a share, from 0 to 1")
+        for name in ("allow_unknown", "allow_malformed"):
+            if not 0 <= getattr(request, name) <= 1:
+                raise UsageError(f"{name}: got {getattr(request, name)}; expected a share, from 0 to 1")
         self.request = request
-        self.given = expand(request.validation)
-        self.files = self.given + (expand(request.data) if request.data else standard_library())
+        held, train = find(request.validation, output), find(request.data, output)
+        self.given, self.skipped = held.files, held.skipped + train.skipped
+        self.files = self.given + (train.files if request.data else standard_library())
         self.tokenizer = None if request.train_bpe else load_tokenizer(request.tokenizer, request.eos)
-        inputs = [f"{path.name} {path.stat().st_size} {sha256([path])[:16]}" for path in self.files]
+        self.read_at = [_when(path) for path in self.files]
+        inputs = [
+            f"{path.name} {size} {_content(path)}" for path, (size, _) in zip(self.files, self.read_at, strict=True)
+        ]
+        self.passed = Passed()  # what `survey` finds
         self.identity: dict[str, Any] = {
             "data": inputs[len(self.given) :],
             "validation": inputs[: len(self.given)],
+            "field": request.field,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else f"trained, {request.train_bpe}",
             "eos": self.tokenizer.eos if self.tokenizer else request.eos,
             "validation_fraction": None if self.given else request.validation_fraction,
             "shard_tokens": request.shard_tokens,
         }
 
-    def batches(self, start: Sequence[int] = (0, 0)) -> Iterator[list[tuple[int, int, str]]]:
+    def batches(
+        self, start: Sequence[int] = (0, 0), passed: Passed | None = None
+    ) -> Iterator[list[tuple[int, int, str]]]:
         """All documents from `start` on, as (file, number in it, text), in lists of at least BATCH characters."""
+        field, skip = self.request.field, self.request.allow_malformed > 0
         batch, size = [], 0
         for file, path in enumerate(self.files[start[0] :], start[0]):
-            for number, text in enumerate(documents(path)):
+            for number, text in enumerate(documents(path, field, passed, skip)):
                 if (file, number) >= tuple(start):
                     batch.append((file, number, text))
                     size += len(text)
@@ -112,20 +129,27 @@ class _Job:
         if batch:
             yield batch
 
+    def expect_unchanged(self, out: Path) -> None:
+        """Raises UsageError where a file has changed since it was first looked at: the tokens may be of either."""
+        for path, before in zip(self.files, self.read_at, strict=True):
+            if _when(path) != before:
+                raise UsageError(f"{path}: changed while it was read; delete {out} and start again")
+
     def survey(self, report: Report) -> tuple[Split, int]:
         """Read everything once: what is held out, and how many characters there are. Unreadable data shows here."""
         total = 0
 
         def read() -> Iterator[tuple[int, str]]:
             nonlocal total
-            seen = 0
-            for batch in self.batches():
+            seen, passed = 0, Passed()
+            for batch in self.batches(passed=passed):
                 report("reading", batch[0][0], len(self.files))
                 for file, _, text in batch:
                     seen += len(text)
                     yield file, text
             report("reading", len(self.files), len(self.files))
-            total = seen
+            refuse_malformed(passed, self.request.field, self.request.allow_malformed)
+            total, self.passed = seen, passed
 
         if not self.given:
             split = hold_out(lambda: (text for _, text in read()), self.request.validation_fraction)
@@ -151,24 +175,56 @@ def _prepare(out: Path, job: _Job, report: Report) -> Path:
         if (out / INDEX).exists():
             index = read_index(out)
             _same(out, index["request"], job.identity)
+            passed = Passed(**index["passed"])
+            refuse_malformed(passed, job.request.field, job.request.allow_malformed)
             refuse_unknown(index["unknown"], index["characters"], job.request.allow_unknown)
-            if said := in_words(index["unknown"], index["characters"]):
-                report(said, 0, 0)
+            remarks = [
+                *job.skipped,
+                passed.in_words(job.request.field),
+                in_words(index["unknown"], index["characters"]),
+            ]
         else:
             state = _begin(out, job.identity)
             split, total = job.survey(report)
-            report(f"held out for validation: {split.note}", 0, 0)
+            for line in (
+                *job.skipped,
+                job.passed.in_words(job.request.field),
+                f"held out for validation: {split.note}",
+            ):
+                _remark(line, report)
             _write(out / PROGRESS, state)
             tokenizer = job.tokenizer or _train(out, job, split, report)
-            if tokenizer.remark:
-                report(tokenizer.remark, 0, 0)
+            _remark(tokenizer.remark, report)
             tokenizer.copy_to(out)
             tables = _tokenise(out, job, split, tokenizer, state, total, lambda n: report("tokenising", n, total))
-            if said := in_words(state["unknown"], state["characters"]):
-                report(said, 0, 0)
+            job.expect_unchanged(out)
+            remarks = [in_words(state["unknown"], state["characters"])]
             _finish(out, job, split, tokenizer, state, tables)
         (out / PROGRESS).unlink(missing_ok=True)
+    for line in remarks:
+        _remark(line, report)
     return out
+
+
+def _remark(line: str, report: Report) -> None:
+    if line:
+        report(line, 0, 0)
+
+
+def _when(path: Path) -> tuple[int, int]:
+    """Size and time of the last change of a file. Raises UsageError where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _content(path: Path) -> str:
+    try:
+        return sha256([path])[:16]
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
 def _begin(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -266,6 +322,7 @@ def _finish(
         },
         "held_out": split.note,
         "characters": state["characters"],
+        "passed": asdict(job.passed),
         "unknown": state["unknown"],
         "splits": {
             side: counts | {"shards": tables[side], "sha256": sha256(out / shard["file"] for shard in tables[side])}

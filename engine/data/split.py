@@ -57,6 +57,8 @@ def hold_out(texts: Callable[[], Iterable[str]], fraction: float) -> Split:
     for text in texts():
         keys.append(digest(text))
         sizes.append(len(text))
+    if not keys:
+        raise UsageError("the data has no document with text; expected some to train on and some to hold out")
     unique, inverse, copies = np.unique(np.frombuffer(keys, np.uint64), return_inverse=True, return_counts=True)
     weights = np.bincount(inverse, weights=np.frombuffer(sizes, np.uint64))  # characters, all copies together
     total = weights.sum()
@@ -68,7 +70,9 @@ def hold_out(texts: Callable[[], Iterable[str]], fraction: float) -> Split:
         note = f"{count:,} of {len(keys):,} documents, {share:.2%} of the characters, chosen by a hash of their content"
         return Split(frozenset(unique[small[:spared]].tolist()), note=note)
     longest = int((weights / copies).argmax())
-    text = next(text for text in texts() if digest(text) == unique[longest])
+    text = next((text for text in texts() if digest(text) == unique[longest]), "")
+    if not text:
+        raise UsageError("the data changed while it was read; start again once nothing writes to it")
     at = _before_the_end(text, min(fraction * total / copies[longest], len(text) / 2))
     note = f"the last {len(text) - at:,} characters of the longest document; none is small enough to be held out whole"
     return Split(frozenset(), int(unique[longest]), at, note)

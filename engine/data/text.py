@@ -1,66 +1,93 @@
 """Documents from files: what a corpus is, before it is tokens.
 
-A `.txt` or `.py` file is one document, a `.jsonl` file has one a line (field `text`), a `.parquet` file one a row
-(column `text`). All but parquet may be compressed. Nothing is normalised: a document is the text as it was written.
+A text file is one document; a file of rows (JSON, CSV, parquet, Arrow) has one a row, in the field that is asked for.
+Nothing is normalised: a document is the text as it was written.
+
+A row without the field and an empty text are no document: they are counted. A malformed row (not UTF-8, not JSON, a
+field that is no text, half a surrogate pair) is an error, or counted where that is allowed. A damaged file is an error.
 """
 
-import bz2
-import glob
-import gzip
-import importlib
-import json
-import lzma
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 from optimizers.core import UsageError
 
-PLAIN = (".txt", ".py", ".jsonl")
-COLUMNS = (".parquet",)
-PACKED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-ACCEPTED = f"{' '.join(PLAIN)} (each also {' '.join(PACKED)}) and {' '.join(COLUMNS)}"
+from .compressed import DAMAGE
+from .files import kind
+from .rows import Row, rows
 
 # Folders of the standard library that are tests, data tables, or a program's private parts rather than text to read.
 _NOT_TEXT = {"test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "pydoc_data"}
 
 
-def expand(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that `paths` (files, folders, glob patterns) stand for: paths in the order given, each sorted inside.
+@dataclass
+class Passed:
+    """Rows that gave no document, counted over any number of files."""
 
-    A folder stands for every file below it that `documents` can read, but hidden ones. Raises UsageError for a path
-    that stands for nothing, a file of another kind, or a file named twice.
+    rows: int = 0
+    """All rows, with those that gave one."""
+    without: int = 0
+    empty: int = 0
+    malformed: int = 0
+    first_without: str = ""
+    first_malformed: str = ""
+
+    def in_words(self, field: str) -> str:
+        """One line; empty where every row gave a document."""
+        parts = []
+        if self.without:
+            parts.append(f"{self.without:,} have no field {field!r} (the first: {self.first_without})")
+        if self.empty:
+            parts.append(f"{self.empty:,} are empty")
+        if self.malformed:
+            parts.append(f"{self.malformed:,} are malformed and left out (the first: {self.first_malformed})")
+        return f"of {self.rows:,} rows {'; '.join(parts)}" if parts else ""
+
+
+def documents(
+    path: Path, field: str = "text", passed: Passed | None = None, skip_malformed: bool = False
+) -> Iterator[str]:
+    """The documents of one file, in order; what gives none is counted in `passed`.
+
+    Raises UsageError that names the file, and the row where there is one, for whatever keeps it from being read, for a
+    malformed row unless those are skipped, and for a file without any document.
     """
-    files = [file for path in paths for file in _expand(Path(path).expanduser())]
-    seen: set[Path] = set()
-    for file in files:
-        if file.resolve() in seen:
-            raise UsageError(f"{file}: named twice; name every file once, by itself or by one folder or pattern")
-        seen.add(file.resolve())
-    return files
-
-
-def documents(path: Path) -> Iterator[str]:
-    """The documents of one file, in order, but empty ones.
-
-    Raises UsageError that names the file, and the line where there is one, for whatever keeps it from being read.
-    """
-    kind, empty = _kind(path), True
-    read = {".jsonl": _lines, ".parquet": _rows}.get(kind, _whole)
+    passed = Passed() if passed is None else passed
+    lacking: Row | None = None
+    found = False
     try:
-        for text in read(path):
-            if text:
-                empty = False
-                yield text
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        for row in rows(path, field):
+            passed.rows += 1
+            fault = row.fault or _unwritable(row.text or "")
+            if fault and not skip_malformed:
+                raise UsageError(f"{path}, {row.place}: {fault}")
+            if fault:
+                passed.malformed += 1
+                passed.first_malformed = passed.first_malformed or f"{path.name}, {row.place}: {fault}"
+            elif row.text is None:
+                passed.without += 1
+                passed.first_without = passed.first_without or f"{path.name}, {row.place}"
+                lacking = lacking or row
+            elif row.text:
+                found = True
+                yield row.text
+            else:
+                passed.empty += 1
+    except DAMAGE as error:
         raise UsageError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
     except OSError as error:
         hint = "check the path and its permissions" if error.errno else "it is damaged: copy or download it again"
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
-    if empty and kind != ".py":  # an empty Python module is as it should be, an empty corpus is a mistake
-        raise UsageError(f"{path}: empty, expected at least one document with text; remove it or write it again")
+    if found or kind(path) == ".py":  # an empty Python module is as it should be, an empty corpus is a mistake
+        return
+    if lacking:
+        raise UsageError(
+            f"{path}, {lacking.place}: got the fields {sorted(lacking.fields)}; expected an object whose field "
+            f"{field!r} is a string, here or in another row: name the field with --field"
+        )
+    raise UsageError(f"{path}: empty, expected at least one document with text; remove it or write it again")
 
 
 def standard_library() -> list[Path]:
@@ -73,91 +100,10 @@ def standard_library() -> list[Path]:
     return [root / name for name in sorted(names, key=lambda name: name.as_posix())]
 
 
-def _expand(path: Path) -> list[Path]:
-    if path.is_file():
-        if _kind(path) not in PLAIN + COLUMNS:
-            raise UsageError(f"{path}: not a kind of file that can be read; expected {ACCEPTED}")
-        return [path]
-    if path.is_dir():
-        below = sorted(path.rglob("*"))
-        shown = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        found = [file for file in shown if _kind(file) in PLAIN + COLUMNS and file.is_file()]
-        if not found:
-            raise UsageError(f"{path}: nothing to read in this folder; expected files that end in {ACCEPTED}")
-        return found
-    if glob.has_magic(str(path)):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        if not matches:
-            raise UsageError(f"{path}: this pattern matches no file; check it, and that the shell leaves it alone")
-        return [file for match in matches if match.is_file() for file in _expand(match)]
-    raise UsageError(f"{path}: no such file or folder; expected a file, a folder or a glob pattern")
-
-
-def _kind(path: Path) -> str:
-    """`.jsonl` for `a.jsonl` and for `a.jsonl.xz`; empty where the two suffixes do not go together."""
-    last = path.suffix.lower()
-    if last not in PACKED:
-        return last
-    inner = Path(path.stem).suffix.lower()
-    return inner if inner in PLAIN else ""
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, PACKED.get(path.suffix.lower(), open)(path, "rb"))
-
-
-def _whole(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        yield _decode(file.read(), path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            text = _decode(line, path, number).strip()
-            if not text:
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise UsageError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                got = f"the fields {sorted(row)}" if isinstance(row, dict) and "text" not in row else f"{text[:60]!r}"
-                raise UsageError(f"{path}, line {number}: got {got}; expected an object whose field 'text' is a string")
-            yield _writable(row["text"], f"{path}, line {number}")
-
-
-def _rows(path: Path) -> Iterator[str]:
-    try:
-        file = importlib.import_module("pyarrow.parquet").ParquetFile(path)
-    except ImportError:
-        raise UsageError(f"{path}: parquet needs pyarrow, which is missing: pip install 'leanstep[data]'") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not a parquet file ({error}); copy or download it again") from None
-    with file:
-        if "text" not in file.schema_arrow.names:
-            raise UsageError(f"{path}: got the columns {file.schema_arrow.names}; expected one named 'text'")
-        number = 0
-        for batch in file.iter_batches(columns=["text"]):
-            for value in batch.column(0):
-                text, number = value.as_py(), number + 1
-                if not isinstance(text, str):
-                    raise UsageError(f"{path}, row {number}: got {text!r:.60}; expected a string in column 'text'")
-                yield text
-
-
-def _decode(data: bytes, path: Path, line: int = 0) -> str:
-    try:
-        return (data if line > 1 else data.removeprefix(b"\xef\xbb\xbf")).decode()
-    except UnicodeDecodeError as error:
-        line = line or data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-
-
-def _writable(text: str, where: str) -> str:
+def _unwritable(text: str) -> str:
     """JSON can spell half a surrogate pair, which is no text: no tokenizer takes it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: half a surrogate pair at character {error.start}; write it as UTF-8") from None
-    return text
+        return f"half a surrogate pair at character {error.start}; write it as UTF-8"
+    return ""
