@@ -1,12 +1,13 @@
-# make demo, make test, make lint, make docs, make clean. The first run builds .venv from $(PYTHON).
+# make demo, make quick, make test, make slow, make lint, make docs, make clean. The first run builds .venv from $(PYTHON).
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   ?=
+WORKERS ?= auto
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo quick test slow lint docs clean
 .DEFAULT_GOAL := help
 
 help:            ## Show this list
@@ -15,8 +16,14 @@ help:            ## Show this list
 demo: $(READY)   ## Train a small model with SUMO, SNSM and AdamW, in about 5 minutes
 	$(BIN)/python -m recipes.demo $(DEMO)
 
+quick: $(READY)  ## Run the tests of the inner loop: nothing that compiles, trains a run or starts a process
+	$(BIN)/python -m pytest -q -m "not slow and not run and not compiles" -n $(WORKERS) --dist worksteal
+
 test: $(READY)   ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+slow: $(READY)   ## Run the slow tests alone, in about half an hour
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(READY)   ## Check style, format and types
 	$(BIN)/ruff check .

@@ -13,8 +13,21 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def compiled(function: F) -> F:
     """`function` compiled on its own: fullgraph, static shapes, its recompiles counted apart from other functions'."""
+    _name_the_instruction_set()
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     return torch.compile(function, fullgraph=True, dynamic=False, **apart)  # type: ignore[no-any-return, call-overload]
+
+
+def _name_the_instruction_set() -> None:
+    """Put the CPU's instruction set into the key of torch's caches of compiled code, which lack it.
+
+    Code of one set is found again under another, where it does not compile or reads out of bounds: after
+    ATEN_CPU_CAPABILITY was changed, or where machines share a home.
+    """
+    used = f"cpu:{torch.backends.cpu.get_cpu_capability()}"
+    config = torch.compiler.config
+    if used not in (config.cache_key_tag or ""):
+        config.cache_key_tag = f"{config.cache_key_tag or ''} {used}".strip()
 
 
 def can_compile(device: torch.device) -> str | None:

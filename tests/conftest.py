@@ -1,17 +1,34 @@
-"""What every test shares: the repository on the path, one thread, and no compiled code left over from another test."""
+"""What every test shares: threads, a compiler's cache for each kind of CPU code, nothing left over from another test.
 
+The markers: `compiles` (torch.compile with inductor or aot), `run` (a process or a training run of its own), `slow`. A
+test that compiles or starts a process without its marker is an error, so that `make quick` stays quick.
+"""
+
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-import hypothesis
-import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-torch.set_num_threads(1)  # tensors here are so small that two would only wait for each other
+# Before torch is loaded, and for processes that tests start. Tensors here are so small that threads wait for each
+# other; OMP_NUM_THREADS=2 asks for two all the same.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+# Kernels compiled for one instruction set fail under another, and inductor's cache does not tell them apart.
+CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY")
+if CAPABILITY and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"leanstep-inductor-{CAPABILITY}")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+pytest.register_assert_rewrite("helpers.runs", "helpers.models", "helpers.texts")
+torch.set_num_threads(THREADS)
 hypothesis.settings.register_profile("leanstep", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("leanstep")
 

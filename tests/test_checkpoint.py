@@ -317,6 +317,7 @@ print(moment, done)
 """
 
 
+@pytest.mark.run
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("mode", ["calls", "random"])
 def test_a_kill_at_any_moment_leaves_the_last_checkpoint_whole(tmp_path, mode):

@@ -50,6 +50,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.run
 def test_cells_are_kept_and_the_best_rate_gets_the_other_seeds(tmp_path: Path, corpus: Path) -> None:
     out = tmp_path / "compare"
     methods = ["adamw @ 1e-3,1e-2 = baseline", "sgd @ 1e-2 = baseline --optimizer sgd"]
@@ -71,6 +72,7 @@ def test_cells_are_kept_and_the_best_rate_gets_the_other_seeds(tmp_path: Path, c
     assert len(json.loads((out / "cells.json").read_text())) == 7
 
 
+@pytest.mark.run
 def test_a_diverged_run_is_a_cell_with_an_infinite_loss_and_a_wrong_flag_is_an_error(
     tmp_path: Path, corpus: Path
 ) -> None:

@@ -2,8 +2,9 @@
 
 import json
 
+import pytest
 import torch
-from test_recipes import TINY, corpus, here
+from helpers.runs import TINY, corpus, here
 
 from optimizers.muon import newton_schulz
 from optimizers.random import normal
@@ -23,6 +24,7 @@ def test_a_known_spectrum_is_found() -> None:
     assert summary(list(found.values())).row_count == 1
 
 
+@pytest.mark.run
 def test_the_recipe_measures_every_checkpoint(tmp_path) -> None:
     done = here(corpus(tmp_path), f"sumo condition {TINY} --rank 4 --steps 6 --every 2 --out run")
     assert done.code == 0, done.err

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.texts import prepared
 
 from engine.data import IGNORED, Batches, Tokens, read_index, tokenizer_of
 from engine.data.order import order, spaced
-from engine.data.prepare import Request, prepare
 from engine.data.text import documents, standard_library
 from optimizers.core import UsageError
 
@@ -26,14 +26,6 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
 }
-
-
-def prepared(folder: Path, train: str, validation: str = "xyz" * 10, shard_tokens: int = 7, **fields: object) -> Path:
-    """A prepared folder of one document a split, as bytes."""
-    (folder / "t.txt").write_text(train)
-    (folder / "v.txt").write_text(validation)
-    data = {"data": (str(folder / "t.txt"),), "validation": (str(folder / "v.txt"),)}
-    return prepare(folder / "out", Request(**data, shard_tokens=shard_tokens, **fields))
 
 
 # Documents
@@ -86,10 +78,10 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("a.txt", b"", "a.txt: empty, expected at least one document"),
         ("a.jsonl", b"\n\n", "a.jsonl: empty"),
         ("a.jsonl", b'{"text": ""}', "a.jsonl: empty"),
-        ("a.txt.gz", gzip.compress(b""), "a.txt.gz: empty"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz: empty"),
         ("a.txt.xz", b"", "a.txt.xz: (empty|damaged or cut short)"),
         ("a.txt.xz", lzma.compress(b"text" * 99)[:-9], "a.txt.xz: damaged or cut short"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: damaged or cut short"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "a.txt.gz: damaged or cut short"),
         ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}')[:-9], "a.jsonl.bz2: damaged or cut short"),
         ("a.txt.xz", b"not packed at all", "a.txt.xz: damaged or cut short"),
         ("a.txt.gz", b"not packed at all", "a.txt.gz: damaged or cut short"),

@@ -271,6 +271,7 @@ def test_command_names_an_unusable_config(tmp_path, capsys):
     assert code == 5 and "hidden_act: got 'gelu', expected 'silu'" in err
 
 
+@pytest.mark.run
 def test_as_a_module(tmp_path: Path):
     """The text survives a terminal that cannot show it, and reaches the pipe whole."""
     run = write_run(tmp_path)

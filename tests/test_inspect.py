@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import TINY, corpus, here
 from rich.console import Console
-from test_recipes import TINY, corpus, here
 
 from engine import checkpoint, inspection, ownership
 from engine.checkpoint import CheckpointError
@@ -364,6 +364,7 @@ def test_where_a_traversal_stands(tmp_path, capsys):
 # What a run would save.
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "line",
     [
@@ -395,6 +396,7 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capfd):
     assert "error: " in err and "nowhere" in err and "Traceback" not in err
 
 
+@pytest.mark.run
 def test_the_command_asks_the_recipe(capfd):
     line = "snsm 1b --model 7b --rank 1024 --precision bf16-sr"
     assert tool.main(["--fresh", line, "--match", "layers.31"]) == 0

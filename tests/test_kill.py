@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_recipes import ONE_THREAD, ROOT, TINY, corpus, here
-from test_resume import assert_identical
+from helpers.runs import ONE_THREAD, ROOT, TINY, assert_identical, corpus, here
 
 KILLS = int(os.environ.get("KILLS", "180"))  # in all, shared between the runs
 EVERY = 3  # steps between checkpoints: a large part of the time is spent writing them

@@ -320,6 +320,7 @@ def test_segments_do_not_register_in_the_model() -> None:
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.compiles
 def test_blocks_share_one_graph() -> None:
     """fullgraph: no graph break; one frame for all blocks and steps. The template is a copy on purpose (see below)."""
     counter = CompileCounter()
@@ -343,6 +344,7 @@ def test_blocks_share_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.compiles
 def test_whole_model_is_one_graph() -> None:
     model, data = Llama(TINY), batch()
     compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)

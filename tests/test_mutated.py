@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_recipes import TINY, corpus, here
+from helpers.runs import TINY, corpus, here
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError

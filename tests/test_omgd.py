@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.models import batches, distance, few_tokens, graphs, llama, rate
+from helpers.runs import corpus, here, refused
+from helpers.texts import prepared
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data import prepared
-from test_recipes import corpus, here, refused
-from test_step import batches, distance, few_tokens, graphs, llama, rate
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
@@ -451,6 +451,7 @@ def turning(case: str, model: Llama) -> Optimizer:
     return omgd(base, params, KINDS[kind](params), "grad", policy)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("case", TURNING)
 def test_a_run_goes_on_from_every_step_of_two_cycles_to_the_bit(tmp_path, case):
     steps = 13
@@ -530,6 +531,7 @@ def test_bases_are_never_empty_while_they_are_used():
                 assert not step.params[name].equal(before[name])
 
 
+@pytest.mark.run
 def test_two_processes_choose_the_same_masks():
     code = (
         "from optimizers.traversal import *; from optimizers.random import Key; import torch, json;"
@@ -636,6 +638,7 @@ def test_no_backward_below_the_lowest_segment_that_trains():
 # Compilation.
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=slow)])
 def test_a_change_of_mask_never_recompiles(recompute):
     model = llama(4)
@@ -653,6 +656,7 @@ def test_a_change_of_mask_never_recompiles(recompute):
     assert numbers[0] == numbers[-1] == forwards + 3, "and an update of each"
 
 
+@pytest.mark.compiles
 @slow
 @pytest.mark.parametrize("kind", ["layers", "coordinates"])
 def test_compiled_equals_uncompiled(kind):
@@ -772,6 +776,7 @@ def test_the_toy_at_full_size(tmp_path):
     assert found["iid, per epoch"].late == pytest.approx(found["wor, epochwise"].late, rel=0.25)
 
 
+@pytest.mark.run
 def test_a_run_says_what_its_masks_give_up(tmp_path):
     tiny = (
         "omgd pretrain --data corpus.txt --sequence 16 --micro-batch 2 --steps 20 --size.hidden-size 16 "

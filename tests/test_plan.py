@@ -160,6 +160,7 @@ def test_what_costs_memory_is_seen(options):
     assert got == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("method", "recompute", "shape"),
     [
@@ -181,6 +182,7 @@ def test_compiled_the_prediction_is_within_five_percent(method, recompute, shape
     assert got == pytest.approx(measured(method, model, config, 1), rel=0.05)
 
 
+@pytest.mark.compiles
 @slow
 @pytest.mark.parametrize(
     "options",
@@ -232,6 +234,7 @@ def test_on_cuda_storages_are_rounded_and_the_context_is_counted():
     assert cuda.bytes - cuda.kinds["CUDA context (assumed)"] > cpu.bytes
 
 
+@pytest.mark.run
 def test_seven_billion_parameters_are_planned_without_them():
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     found = predicted("adamw", PRESETS["7b"], settings(1, 2048, recompute=True, precision="bf16"))
@@ -258,6 +261,7 @@ def test_sizes_are_read_with_their_units():
     assert list(halves(9)) == [4, 2, 1]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "arguments", [["snsm", "--fit"], ["snsm", "--fit=lots"], ["../x"], [], ["snsm", "--vocabulary", "no"]]
 )
@@ -274,6 +278,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.run
 def test_the_command_says_what_fits_and_its_exit_code_too():
     asked = command("baseline", *SMALL, "--json")
     assert asked.returncode == 0, asked.stderr
@@ -290,6 +295,7 @@ def test_the_command_says_what_fits_and_its_exit_code_too():
     assert command("baseline", *SMALL, "--fit", "1GiB", "--micro-batch", "0").returncode == 2
 
 
+@pytest.mark.run
 def test_a_proposal_is_planned_to_fit_and_is_the_mildest():
     config = settings(8, 32, compile="off")
 

@@ -157,6 +157,7 @@ def test_products_never_ask_the_device_for_a_value():
             METHODS["gram"](x)
 
 
+@pytest.mark.compiles
 def test_inside_a_compiled_function():
     def function(*xs: Tensor) -> list[Tensor]:
         return [polar(2 * x) + polar(x, "polar_express") for x in xs]

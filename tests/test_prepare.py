@@ -180,6 +180,7 @@ def test_an_interruption_anywhere_changes_nothing(
     assert content(prepare(tmp_path / "broken", request)) == expected
 
 
+@pytest.mark.run
 def test_killed_and_started_again(corpus: Path, tmp_path: Path) -> None:
     request = Request(data=(str(corpus),), shard_tokens=1000)
     expected = content(prepare(tmp_path / "whole", request))

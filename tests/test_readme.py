@@ -4,6 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 
 from models.llama import Llama, LlamaConfig
@@ -26,6 +27,7 @@ def test_the_example_runs_and_moves_every_parameter() -> None:
     assert torch.isfinite(torch.as_tensor(scope["loss"]))
 
 
+@pytest.mark.run
 def test_every_command_and_path_exists() -> None:
     modules = set(re.findall(r"python -m ([\w.]+)", TEXT))
     assert len(modules) >= 4

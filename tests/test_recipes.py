@@ -1,94 +1,18 @@
 """Recipes from the outside: what a run prints and leaves behind, and what it says when it cannot run."""
 
-import contextlib
-import io
 import json
-import os
-import random
-import runpy
-import shlex
-import subprocess
-import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.runs import TINY, column, corpus, finish, here, refused, start
 
-from engine.metrics import read
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    "--compile off --no-check-memory --data corpus.txt --sequence 16 --micro-batch 2 --steps 20 --eval-windows 4 "
-    "--log-every 1 --size.hidden-size 16 --size.intermediate-size 24 --size.num-hidden-layers 2 "
-    "--size.num-attention-heads 2 "
-)
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tensors so small that two only wait for each other
 BASELINES = ("adamw", "sgd", "muon", "galore --rank 4 --update-proj-gap 7")
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def corpus(folder: Path, words: int = 3000, seed: int = 0) -> Path:
-    """A folder to run in, with a text file in it."""
-    draw = random.Random(seed)
-    folder.mkdir(exist_ok=True)
-    some = ["the", "a", "step", "of", "loss", "grad", "basis", "rank"]
-    lines = (" ".join(draw.choices(some, k=8)) for _ in range(words // 8))
-    (folder / "corpus.txt").write_text("\n".join(lines))
-    return folder
-
-
-def here(folder: Path, line: str) -> Done:
-    """`python -m recipes.<line>` in `folder`, but inside this process, which has torch imported already."""
-    recipe, *flags = shlex.split(line)
-    out, err, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
-    sys.argv, code = [recipe, *flags], 0
-    torch.set_num_threads(1)
-    try:
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_module(f"recipes.{recipe}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    finally:
-        sys.argv = argv
-        torch.set_num_threads(threads)
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-def start(folder: Path, line: str, **environment: str) -> subprocess.Popen[str]:
-    """`python -m recipes.<line>` in `folder`, as users run it."""
-    recipe, *flags = shlex.split(line)
-    return subprocess.Popen(
-        [sys.executable, "-m", f"recipes.{recipe}", *flags],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> Done:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return Done(process.returncode, out, err)
-
-
-def column(folder: Path, name: str) -> list[tuple[float, float]]:
-    """(step, value) of one scalar in metrics.jsonl."""
-    return [(record["step"], record[name]) for record in read(folder) if name in record]
 
 
 # What a run leaves behind.
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("optimizer", BASELINES)
 def test_a_run_prints_who_trains_what_and_leaves_its_files(tmp_path, optimizer):
     flags = f"--optimizer {optimizer} --out run --save-every 8 --eval-every 10"
@@ -125,6 +49,8 @@ def test_a_run_prints_who_trains_what_and_leaves_its_files(tmp_path, optimizer):
         assert path in done.out, f"{path} is not named at the end"
 
 
+@pytest.mark.compiles
+@pytest.mark.run
 @pytest.mark.slow
 def test_a_compiled_run_gives_the_numbers_of_an_uncompiled_one(tmp_path):
     corpus(tmp_path)
@@ -137,6 +63,8 @@ def test_a_compiled_run_gives_the_numbers_of_an_uncompiled_one(tmp_path):
         assert [y for _, y in got] == pytest.approx([y for _, y in expected], rel=1e-3)
 
 
+@pytest.mark.compiles
+@pytest.mark.run
 @pytest.mark.slow
 def test_a_compiled_run_with_other_settings(tmp_path):
     flags = "--recompute --accumulation 2 --precision mixed --clip previous"
@@ -148,6 +76,7 @@ def test_a_compiled_run_with_other_settings(tmp_path):
     assert [y for _, y in got] == pytest.approx([y for _, y in expected], rel=1e-2)
 
 
+@pytest.mark.run
 def test_without_a_compiler_a_run_says_so_and_goes_uncompiled(tmp_path):
     empty = corpus(tmp_path) / "empty"
     empty.mkdir()
@@ -168,6 +97,7 @@ def test_a_dry_run_prints_the_receipt_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.run
 def test_nothing_that_is_printed_is_taken_for_markup(tmp_path):
     """Paths, patterns and samples may hold what rich would take for a style, an end of one, or an emoji."""
     corpus(tmp_path)
@@ -180,15 +110,6 @@ def test_nothing_that_is_printed_is_taken_for_markup(tmp_path):
 
 
 # Wrong arguments: one line, no traceback, exit code 2.
-
-
-def refused(done: Done, code: int) -> str:
-    """The one line with which a run ended."""
-    assert done.code == code, (done.out, done.err)
-    assert "Traceback" not in done.err + done.out
-    (line,) = done.err.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 WRONG = {
@@ -247,6 +168,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path):
     assert "--device cuda" in refused(here(corpus(tmp_path), f"baseline {TINY} --device cuda"), 2)
 
 
+@pytest.mark.run
 def test_a_process_ends_with_the_same_line_and_code(tmp_path):
     assert "nowhere.txt" in refused(finish(start(tmp_path, f"baseline {TINY} --data nowhere.txt")), 2)
 
@@ -268,6 +190,7 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
+@pytest.mark.run
 def test_without_out_each_run_gets_a_folder_of_its_own(tmp_path):
     corpus(tmp_path)
     for _ in range(2):
@@ -276,6 +199,8 @@ def test_without_out_each_run_gets_a_folder_of_its_own(tmp_path):
     assert found == ["baseline-adamw-demo", "baseline-adamw-demo-2"]
 
 
+@pytest.mark.compiles
+@pytest.mark.run
 @pytest.mark.parametrize("recipe", ["baseline", "omgd pretrain --active 1 --period 5step", "rso demo --rank 4"])
 def test_a_run_says_what_memory_was_predicted_and_measured(tmp_path, recipe):
     done = here(

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_recipes import ONE_THREAD, ROOT, TINY, column, corpus, here, refused
-from test_trainer import newest, stop_at
+from helpers.runs import ONE_THREAD, ROOT, TINY, assert_identical, column, corpus, here, newest, refused, stop_at
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, WriteError, store
@@ -37,23 +36,6 @@ EVERYWHERE = {
 SLOW = ("bases in turn, two micro-batches", "a subspace at each turn")
 
 
-def assert_identical(got: Path, expected: Path) -> None:
-    """Weights, state (also that some is not there), position, head and recorded losses of two runs, to the bit."""
-    a, b = newest(got), newest(expected)
-    flat = [
-        {**one.params, **{f"{name}/{slot}": t for name, slots in one.state.items() for slot, t in slots.items()}}
-        for one in (a, b)
-    ]
-    assert [list(x) for x in flat] == [list(flat[1])] * 2 and list(a.state) == list(b.state)
-    for name, t in flat[1].items():
-        assert flat[0][name].dtype == t.dtype and flat[0][name].equal(t), name
-    assert (a.step, a.header, a.model_config) == (b.step, b.header, b.model_config)
-    for key in ("position", "tokens", "data", "previous_norm"):
-        assert a.trainer[key] == b.trainer[key], key
-    for name in ("train/loss", "train/grad_norm", "eval/loss"):
-        assert column(got, name) == column(expected, name), name
-
-
 def run_in(folder: Path, flags: str) -> str:
     """The output of a run that must succeed."""
     done = here(folder, flags)
@@ -61,6 +43,7 @@ def run_in(folder: Path, flags: str) -> str:
     return done.out
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in EVERYWHERE]
 )
@@ -82,6 +65,7 @@ def test_a_run_goes_on_from_every_step(tmp_path, case):
         shutil.rmtree(part)
 
 
+@pytest.mark.run
 def test_a_signal_between_two_micro_batches_is_heard_after_the_step(tmp_path, monkeypatch):
     """Gradients of half a step are never saved: the step is finished first."""
     import signal
@@ -196,6 +180,7 @@ def test_what_cannot_be_saved_is_an_error_in_either_way(tmp_path, background):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("flags", ["--save-async off", "--save-async on"])
 def test_a_run_ends_with_all_its_checkpoints_written(tmp_path, monkeypatch, flags):
     """However it ends: by its last step, a signal, a loss that is not finite, an error."""
@@ -236,6 +221,7 @@ def full(monkeypatch: pytest.MonkeyPatch, *refusing: int) -> None:
     monkeypatch.setattr(store, "write_json", writing)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("flags", ["--save-async off", "--save-async on"])
 def test_a_run_goes_on_when_the_disk_is_full_and_says_so(tmp_path, monkeypatch, flags):
     line = f"baseline {TINY} --save-every 5 {flags}"
@@ -252,6 +238,7 @@ def test_a_run_goes_on_when_the_disk_is_full_and_says_so(tmp_path, monkeypatch, 
     assert not list((tmp_path / "run").glob(".*step*"))
 
 
+@pytest.mark.run
 def test_numbers_that_find_no_room_do_not_end_a_run(tmp_path, monkeypatch):
     log = Metrics.log
 
@@ -266,6 +253,7 @@ def test_numbers_that_find_no_room_do_not_end_a_run(tmp_path, monkeypatch):
     assert [step for step, _ in column(tmp_path / "run", "train/loss")] == [*range(1, 7), *range(8, 21)]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("flags", ["--save-async off", "--save-async on"])
 def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_can_go_on(tmp_path, monkeypatch, flags):
     line = f"baseline {TINY} --save-every 5 {flags} --out run"
@@ -281,6 +269,7 @@ def test_a_run_whose_last_checkpoint_finds_no_room_fails_and_can_go_on(tmp_path,
     assert "at step 15" in run_in(tmp_path, f"{line} --resume auto")
 
 
+@pytest.mark.run
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_limit_on_the_size_of_files_is_such_a_disk(tmp_path):
     """The system itself refuses, in the middle of the weights."""
@@ -309,6 +298,7 @@ def test_a_folder_that_takes_nothing_is_a_disk_error(tmp_path):
 # What a checkpoint of another run is refused for.
 
 
+@pytest.mark.run
 def test_another_model_of_the_same_shapes_is_refused(tmp_path):
     """Four heads of 4 or two of 8: every tensor fits, and the model is another one."""
     run = f"baseline {TINY} --steps 4 --out run"
@@ -324,6 +314,7 @@ def test_another_model_of_the_same_shapes_is_refused(tmp_path):
 # The look at the state that a run takes now and then.
 
 
+@pytest.mark.run
 def test_a_run_looks_at_its_state_at_the_interval(tmp_path):
     line = f"baseline --optimizer galore --rank 4 --update-proj-gap 5 {TINY} --precision bf16"
     run_in(corpus(tmp_path), f"{line} --inspect-every 8 --log-every 20 --out run")
@@ -340,6 +331,7 @@ def test_a_run_looks_at_its_state_at_the_interval(tmp_path):
     assert not column(tmp_path / "blind", "optim/adamw/update_rms")
 
 
+@pytest.mark.run
 def test_nothing_is_pickled(tmp_path, monkeypatch):
     """By any of the ways that torch or Python have: each is made to fail."""
     import pickle

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_step import batches, distance, llama
-from test_step import graphs as compiled_graphs
+from helpers.models import batches, distance, llama
+from helpers.models import graphs as compiled_graphs
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -491,6 +491,7 @@ def gradients(mode: str, form: str, share: tuple = ()) -> dict[str, Tensor]:
     return {n: p.detach() - before[n] for n, p in full(step).items()}
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("form", "share"),
     [
@@ -533,6 +534,7 @@ def counted(period: int, form: str, steps: int) -> list[int]:
     return numbers
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("form", ["merged", pytest.param("products", marks=slow)])
 def test_a_turn_never_recompiles(form):
     often, never = counted(10, form, 100), counted(1000, form, 3)
@@ -578,6 +580,7 @@ def saved_units(form: str | None, share: tuple = (), mode: str = "off") -> float
     return sum(kept.values()) / 4 / UNIT
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("form", "share", "mode", "least", "most"),
     [
@@ -699,6 +702,7 @@ def test_the_counterexample_to_its_end(seed):
     assert all(ends[f"RSO {kind}"] < 0.1 for kind in KINDS), ends
 
 
+@pytest.mark.run
 def test_the_toy_prints_its_tables_and_draws(tmp_path, capsys):
     toy(Toy(steps=300, out=tmp_path))
     said = capsys.readouterr().out

@@ -202,6 +202,7 @@ def trajectory(make: Callable) -> Trajectory:
     return Trajectory(params, slots, counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.compiles
 def test_compiled_equals_eager_and_a_schedule_does_not_recompile():
     fast, slow = trajectory(compiled), trajectory(lambda kernel: kernel)
     assert fast.graphs == 1 and slow.graphs == 0

@@ -8,14 +8,14 @@ import sys
 import threading
 
 import pytest
-from test_recipes import ONE_THREAD, ROOT, TINY, corpus, finish, here, start
-from test_trainer import newest, stop_at
+from helpers.runs import ONE_THREAD, ROOT, TINY, corpus, finish, here, newest, start, stop_at
 
 from engine import signals
 
 RUN = f"baseline {TINY} --steps 100000 --log-every 1 --save-every 100000 --eval-every 100000 --out run"
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", [s.name for s in signals.POLITE])
 def test_every_polite_signal_saves_the_step_in_hand(tmp_path, monkeypatch, name):
     signum = getattr(signal, name)
@@ -28,6 +28,7 @@ def test_every_polite_signal_saves_the_step_in_hand(tmp_path, monkeypatch, name)
     assert {s: signal.getsignal(s) for s in signals.POLITE} == before
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGXCPU"])
 def test_a_process_that_is_sent_one_saves(tmp_path, name):
     process = start(corpus(tmp_path), RUN)
@@ -55,6 +56,7 @@ def wait_for_records(folder, lines):
     raise AssertionError("the run does not get there")
 
 
+@pytest.mark.run
 def test_what_was_ignored_stays_ignored(tmp_path, monkeypatch):
     """As under nohup: the terminal may close, and the run goes on to its end."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -66,6 +68,7 @@ def test_what_was_ignored_stays_ignored(tmp_path, monkeypatch):
     assert newest(tmp_path / "run").step == 20
 
 
+@pytest.mark.run
 def test_a_signal_in_the_middle_of_a_line_is_noted_all_the_same():
     def say(text):
         raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
@@ -79,6 +82,7 @@ def test_a_signal_in_the_middle_of_a_line_is_noted_all_the_same():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.run
 def test_in_a_thread_signals_are_left_alone():
     before, heard = {s: signal.getsignal(s) for s in signals.POLITE}, []
 
@@ -93,6 +97,7 @@ def test_in_a_thread_signals_are_left_alone():
     assert heard == [None, before]
 
 
+@pytest.mark.run
 def test_before_the_training_a_signal_ends_the_process_with_one_line(tmp_path, monkeypatch):
     import recipes.common
 
@@ -104,6 +109,7 @@ def test_before_the_training_a_signal_ends_the_process_with_one_line(tmp_path, m
     assert done.code == 143 and done.err.startswith("SIGTERM: ended"), done
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("output", ["reader that goes away", "closed", "full"])
 def test_a_run_outlives_its_output(tmp_path, output):
     line = f"baseline {TINY} --log-every 1 --out run"

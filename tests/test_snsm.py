@@ -602,6 +602,7 @@ def test_state_bytes_equal_the_formulas(model):
 # compiled -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compiles
 def test_compiled_kernels_do_as_eager_ones():
     """One graph with every kind of projection, subsets that straddle rows, and the first release's refresh."""
     cases = [(snsm(4, proj_type=kind), (12, 16)) for kind in ("svd", "topk", "srht")]
@@ -629,6 +630,7 @@ def test_compiled_kernels_do_as_eager_ones():
             torch.testing.assert_close(s[k], r[k], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.compiles
 def test_slices_need_no_buffer_of_full_size():
     """Rows and columns alike: not the zero-filled scatters of the authors' code."""
     rule = snsm(8, proj_type="topk")

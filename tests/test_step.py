@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.models import LR, VOCABULARY, batches, distance, few_tokens, graphs, llama, rate
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
@@ -23,7 +24,7 @@ from optimizers.galore import galore
 from optimizers.random import Key
 from optimizers.sgd import sgd
 
-STEPS, LR, DECAY, VOCABULARY = 10, 1e-2, 0.1, 97
+STEPS, DECAY = 10, 0.1
 CLIP = 0.3
 EPS = 1e-4  # well above rounding noise in gradients, which Adam would otherwise blow up to full-sized steps
 slow = pytest.mark.slow
@@ -33,29 +34,6 @@ class Run(NamedTuple):
     params: dict[str, Tensor]
     losses: list[float]
     norms: list[float]
-
-
-def llama(layers: int = 2, tied: bool = False, **sizes: int) -> Llama:
-    """Weights larger than usual, so that gradients are too."""
-    shape = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4)
-    shape |= dict(num_key_value_heads=2, max_position_embeddings=16) | sizes
-    return Llama(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.1, **shape))
-
-
-def batches(step: int, count: int = 1) -> list[dict[str, Tensor]]:
-    """Micro-batches of (2, 16) tokens; how many of the targets count differs from one to the next."""
-    generator = torch.Generator().manual_seed(step)
-    made = []
-    for j in range(count):
-        tokens = torch.randint(0, VOCABULARY, (2, 17), generator=generator)
-        targets = tokens[:, 1:].clone()
-        targets[0, : 3 + 2 * j] = -100
-        made.append({"input_ids": tokens[:, :-1].contiguous(), "targets": targets})
-    return made
-
-
-def rate(step: int) -> float:
-    return LR * (1 - step / 100)
 
 
 def hypers(step: int, lr: float | None = None, decay: float = DECAY) -> dict[str, dict[str, Tensor]]:
@@ -127,12 +105,6 @@ def plain_adamw(layers: int, tied: bool, accumulation: int) -> Run:
     return plain(model, torch_adamw(model.parameters()), accumulation)
 
 
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest relative distance of a tensor in `a` to its namesake."""
-    assert a.keys() == b.keys()
-    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in b)
-
-
 def same(got: Run, expected: Run, tolerance: float = 1e-5) -> None:
     assert got.losses == pytest.approx(expected.losses, rel=tolerance)
     assert got.norms == pytest.approx(expected.norms, rel=tolerance)
@@ -151,6 +123,7 @@ def test_ten_steps_uncompiled_equal_plain_pytorch(layers, recompute, accumulatio
     same(got, plain_adamw(layers, tied, accumulation))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("mode", "layers", "recompute", "accumulation", "tied"),
     [
@@ -386,11 +359,6 @@ WIDE = dict(vocab_size=16, hidden_size=64, intermediate_size=128, num_attention_
 BLOCK = 4 * sum(p.numel() for p in Llama(LlamaConfig(num_hidden_layers=1, **WIDE)).model.layers.parameters())
 
 
-def few_tokens(count: int) -> list[dict[str, Tensor]]:
-    tokens = torch.arange(4).view(1, 4)
-    return [{"input_ids": tokens, "targets": tokens}] * count
-
-
 def extra(layers: int, accumulation: int = 1, **options) -> float:
     """Peak of a step above weights and state, in blocks' worth of weights."""
     step = make(llama(layers, **WIDE), logits=2**24, **options)
@@ -442,6 +410,7 @@ def test_the_global_norm_holds_all_gradients_and_the_previous_norm_does_not():
     assert per_block(lambda layers: extra(layers, recompute=True, clip="tensor")) < 0.01
 
 
+@pytest.mark.compiles
 @slow
 def test_a_compiled_update_adds_nothing_to_the_gradients_of_one_segment():
     for accumulation, held in ((1, 1), (4, 2)):
@@ -466,10 +435,6 @@ def test_the_head_never_holds_tokens_times_vocabulary():
 # Compilation.
 
 
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
 def compiled_graphs(step: Step, steps: int) -> list[int]:
     """Graphs compiled so far, after each step."""
     torch._dynamo.reset()
@@ -482,6 +447,7 @@ def compiled_graphs(step: Step, steps: int) -> list[int]:
     return numbers
 
 
+@pytest.mark.compiles
 def test_blocks_share_their_graphs_and_a_schedule_never_recompiles():
     shallow = compiled_graphs(make(llama(4), mode="segments", clip="previous"), 50)
     deep = compiled_graphs(make(llama(16), mode="segments", clip="previous"), 3)
@@ -489,6 +455,7 @@ def test_blocks_share_their_graphs_and_a_schedule_never_recompiles():
     assert shallow[0] == shallow[-1], "all of them on the first step"
 
 
+@pytest.mark.compiles
 def test_refreshed_bases_never_recompile():
     model = llama(1)
     params = dict(model.named_parameters())

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_recipes import ROOT, TINY, Done, column, corpus, finish, here, start
-from test_trainer import newest
+from helpers.runs import ROOT, TINY, Done, column, corpus, finish, here, newest, start
 
 from engine import checkpoint
 from recipes.config import trained_by
@@ -50,6 +49,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_every_optimizer_takes_over_from_every_other(trained, tmp_path, source, target):
     """Weights are those of the checkpoint, merged; training goes on, from the same batch and to the same step."""
@@ -71,6 +71,7 @@ def test_every_optimizer_takes_over_from_every_other(trained, tmp_path, source, 
     assert max(losses.values()) < 1.1 * dict(column(trained / f"run{source}", "train/loss"))[12] + 0.1, losses
 
 
+@pytest.mark.run
 def test_the_rate_warms_up_again_also_where_that_is_interrupted(trained, tmp_path):
     """Twelve steps of AdamW, then SNSM with six steps of warm-up, killed after three of them or not."""
     run = f"snsm demo --rank 4 {TINY} --schedule constant --lr 1e-3 --rewarm 6 --log-every 1 --resume"
@@ -87,6 +88,7 @@ def test_the_rate_warms_up_again_also_where_that_is_interrupted(trained, tmp_pat
     assert all(stopped.params[name].equal(p) for name, p in straight.params.items())
 
 
+@pytest.mark.run
 def test_products_are_merged_before_they_are_left(trained, tmp_path):
     """The next batch's loss is the same whether RSO goes on or AdamW does: B Pᵀ is in the weights."""
     source = list(TARGETS).index("rso in products, shared")
@@ -100,6 +102,7 @@ def test_products_are_merged_before_they_are_left(trained, tmp_path):
     assert abs(losses["rso"] - losses["adamw"]) < 1e-5, losses
 
 
+@pytest.mark.run
 def test_where_and_how_a_run_was_compiled_does_not_matter_to_its_optimizer(trained):
     """A checkpoint may name a mode that there is no more."""
     saved = newest(trained / "run0")
@@ -107,11 +110,13 @@ def test_where_and_how_a_run_was_compiled_does_not_matter_to_its_optimizer(train
     assert trained_by(old) == trained_by(saved)
 
 
+@pytest.mark.run
 def test_a_checkpoint_of_another_optimizer_is_refused_with_the_way_out(trained):
     done = here(trained, f"snsm demo --rank 4 {TINY} --resume run{list(TARGETS).index('adamw')} --out refused")
     assert done.code == 5 and "convert it with --swap" in done.err
 
 
+@pytest.mark.run
 def test_the_tool_writes_a_checkpoint_that_the_recipe_resumes(trained, tmp_path):
     out = str(tmp_path / "out")
     done = swap(trained, [f"run{list(TARGETS).index('adamw')}", out, "--to", "snsm demo --rank 4"])
@@ -123,6 +128,7 @@ def test_the_tool_writes_a_checkpoint_that_the_recipe_resumes(trained, tmp_path)
     assert again.code == 2 and "holds a run already" in again.err
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
@@ -138,12 +144,14 @@ def test_what_cannot_be_swapped_says_why(trained, line, code, message):
     assert not (trained / "new").exists()
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("flags", ["--swap convert", "--swap-at 20 baseline", "--swap-at 0 baseline"])
 def test_a_swap_that_would_not_happen_is_an_error(trained, flags):
     done = here(trained, f"baseline {TINY} {flags} --out none")
     assert done.code == 2 and "--swap" in done.err
 
 
+@pytest.mark.run
 def test_a_run_goes_on_under_another_optimizer(trained):
     """--swap-at: one folder, one curve, two optimizers."""
     line = f'baseline {TINY} --eval-every 10 --out swapped --swap-at 8 "sumo demo --rank 4 --lr 1e-3"'

@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from test_recipes import TINY, Done, column, corpus, finish, here, refused, start
+from helpers.runs import TINY, Done, column, corpus, finish, here, newest, refused, start, stop_at
 
 from engine import checkpoint, memory
-from engine.metrics import Metrics, read
+from engine.metrics import read
 
 # What must resume bitwise: a recipe and its flags, one line each.
 RUNS = {
@@ -59,12 +58,6 @@ def line(run: str, flags: str = "") -> str:
     return f"{run} {TINY} {flags}"
 
 
-def newest(folder: Path) -> checkpoint.Checkpoint:
-    found = checkpoint.latest(folder)
-    assert found.path is not None
-    return checkpoint.load(found.path)
-
-
 def assert_same_end(got: Path, expected: Path) -> None:
     """Weights, optimizer state, position and every recorded loss are equal to the bit."""
     a, b = newest(got), newest(expected)
@@ -85,21 +78,10 @@ def assert_same_end(got: Path, expected: Path) -> None:
         assert column(got, name) == column(expected, name), name
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    """Do `action` once, when the progress shows `step`."""
-    show = Metrics.show
-
-    def shown(self: Metrics, done: int, text: str = "") -> None:
-        show(self, done, text)
-        if done == step and not text:
-            action()
-
-    monkeypatch.setattr(Metrics, "show", shown)
-
-
 # Going on.
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("case", RUNS)
 def test_twelve_steps_and_a_resume_equal_twenty_steps(tmp_path, case):
     run = line(RUNS[case], "--save-every 12 --eval-every 10")
@@ -120,6 +102,7 @@ def test_twelve_steps_and_a_resume_equal_twenty_steps(tmp_path, case):
     assert [step for step, _ in column(resumed, "train/loss")] == list(range(1, 21)), "no step is recorded twice"
 
 
+@pytest.mark.run
 def test_a_resume_differs_where_it_should(tmp_path):
     """The comparison above, checked to fail: other random draws, another learning rate."""
     corpus(tmp_path)
@@ -135,6 +118,7 @@ def test_a_resume_differs_where_it_should(tmp_path):
         assert_same_end(tmp_path / "c", tmp_path / "a")
 
 
+@pytest.mark.run
 def test_a_finished_run_can_be_resumed_and_lengthened(tmp_path):
     run = line("baseline", "--schedule constant --warmup 0 --resume auto --out run")
     first = here(corpus(tmp_path), f"{run} --steps 12")
@@ -149,6 +133,7 @@ def test_a_finished_run_can_be_resumed_and_lengthened(tmp_path):
     assert all(a.params[name].equal(p) for name, p in b.params.items())
 
 
+@pytest.mark.run
 def test_a_resume_takes_a_run_or_a_step_by_its_path(tmp_path):
     corpus(tmp_path)
     assert here(tmp_path, line("baseline", "--save-every 12 --out run")).code == 0
@@ -173,6 +158,7 @@ def wait_for(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.run
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and SIGINT")
 def test_killed_and_interrupted_processes_go_on_as_if_nothing_had_happened(tmp_path):
     """One run, killed once, interrupted once, and resumed each time, against one that was left alone."""
@@ -208,6 +194,7 @@ def test_killed_and_interrupted_processes_go_on_as_if_nothing_had_happened(tmp_p
     assert_same_end(folder, tmp_path / "straight")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_after_the_step_in_hand(tmp_path, monkeypatch, signum, code):
     corpus(tmp_path)
@@ -226,6 +213,7 @@ def test_a_signal_ends_a_run_after_the_step_in_hand(tmp_path, monkeypatch, signu
     assert all(a.params[name].equal(p) for name, p in b.params.items())
 
 
+@pytest.mark.run
 def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch):
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -241,6 +229,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch):
 # Checkpoints that are damaged or do not fit.
 
 
+@pytest.mark.run
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     run = line("baseline", "--save-every 5")
     assert here(corpus(tmp_path), f"{run} --out run").code == 0
@@ -274,6 +263,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("case", UNFIT)
 def test_a_checkpoint_that_does_not_fit_is_refused_and_the_run_left_as_it_was(tmp_path, case, unfit_run):
     flags, named = UNFIT[case]
@@ -305,6 +295,7 @@ def diverged(done: Done) -> str:
     return said
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("flags", ["", "--log-every 20", "--optimizer muon", "--clip global"])
 def test_a_run_that_diverges_names_the_step_and_a_parameter(tmp_path, flags):
     said = diverged(here(corpus(tmp_path), line("baseline", f"--lr 1e30 --warmup 0 --save-every 3 --out run {flags}")))
@@ -314,6 +305,7 @@ def test_a_run_that_diverges_names_the_step_and_a_parameter(tmp_path, flags):
     assert all(record["step"] < step for record in read(tmp_path / "run"))
 
 
+@pytest.mark.run
 def test_the_last_good_checkpoint_stays_and_is_named(tmp_path):
     """Good for 10 steps; then the run goes on at an absurd rate."""
     run = line("baseline", "--save-every 5 --schedule constant --warmup 0 --out run")
@@ -328,6 +320,7 @@ def test_the_last_good_checkpoint_stays_and_is_named(tmp_path):
     assert here(tmp_path, f"{run} --resume auto").code == 0, "a sane rate goes on from there"
 
 
+@pytest.mark.run
 def test_an_update_that_overflows_is_not_saved(tmp_path):
     """The last step's loss and gradients are finite, its update is not: nothing would notice before the next step."""
     said = diverged(
@@ -341,6 +334,7 @@ def test_an_update_that_overflows_is_not_saved(tmp_path):
 # Records.
 
 
+@pytest.mark.run
 def test_records_cut_short_by_a_kill_are_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "train/loss": 2.5}\n{"step": 3, "tra')
@@ -348,6 +342,7 @@ def test_records_cut_short_by_a_kill_are_left_out(tmp_path):
     assert read(tmp_path / "nowhere") == []
 
 
+@pytest.mark.run
 def test_memory_is_reported_without_a_device(tmp_path):
     corpus(tmp_path)
     assert here(tmp_path, line("baseline", "--steps 2 --out run")).code == 0
