@@ -9,7 +9,7 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine import checkpoint, output, signals
 from engine.checkpoint import CheckpointError
+from engine.checkpoint.lock import claim, claim_new
 from engine.compile import can_compile
 from engine.data import Tokens, tokenizer_of
 from engine.data.prepare import Request, cached
@@ -59,7 +60,12 @@ def train(config: TrainConfig) -> Path:
     watched = sys.stdout.isatty()  # what is printed are paths, patterns and samples: nothing in them is markup
     console = Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
     device = _device(config.device)
-    out, saved = _place(config, console)
+    with _place(config, console) as (out, saved):
+        return _train(config, console, device, out, saved)
+
+
+def _train(config: TrainConfig, console: Console, device: torch.device, out: Path, saved: Path | None) -> Path:
+    """In `out`, which is this process's own, from the checkpoint `saved`, if any."""
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")
         config = dataclasses.replace(config, compile="off")
@@ -135,10 +141,6 @@ def train(config: TrainConfig) -> Path:
         changed = trainer.resume(whole, theirs)
         if theirs:
             console.print(report(trainer.converted))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be made: {error.strerror}; choose another folder") from None
     if tokenizer.files:  # a run can be read wherever it lies
         (out / TOKENIZER).mkdir(exist_ok=True)
         tokenizer.copy_to(out / TOKENIZER)
@@ -241,26 +243,28 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _place(config: TrainConfig, console: Console) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to continue from. Raises UsageError, CheckpointError."""
+@contextlib.contextmanager
+def _place(config: TrainConfig, console: Console) -> Iterator[tuple[Path, Path | None]]:
+    """The run's folder, owned in the block, and the checkpoint to continue from. Raises UsageError, CheckpointError."""
+    stem = Path("runs") / "-".join(filter(None, [config.recipe, getattr(config, "optimizer", ""), config.model]))
+    given = None
     if config.resume not in ("never", "auto"):
-        path = Path(config.resume)
-        if not (path / checkpoint.TRAINER).exists():
-            found = checkpoint.latest(path)
-            if found.path is None:
-                raise UsageError(f"--resume: no whole checkpoint in {path}; give never, auto, a run or a step folder")
-            path = found.path
-        return config.out or path.parent, path
-    if config.out is None:
-        stem = Path("runs") / "-".join(filter(None, [config.recipe, getattr(config, "optimizer", ""), config.model]))
-        tried = (stem if i == 1 else stem.with_name(f"{stem.name}-{i}") for i in range(1, 10_000))
-        return next(p for p in tried if not p.exists()) if config.resume == "never" else stem, (
-            _newest(stem, console) if config.resume == "auto" else None
-        )
-    newest = _newest(config.out, console) if config.resume == "auto" else None
-    if config.resume == "never" and checkpoint.latest(config.out).path:
-        raise UsageError(f"--out {config.out} holds a run already; continue it with --resume auto or choose another")
-    return config.out, newest
+        given = Path(config.resume)
+        if not (given / checkpoint.TRAINER).exists():
+            given = _newest(given, console)
+            if given is None:
+                raise UsageError(
+                    f"--resume: no whole checkpoint in {config.resume}; give never, auto, a run or a step folder"
+                )
+    out = config.out or (given.parent if given else stem if config.resume == "auto" else None)
+    if config.dry_run:  # leaves nothing
+        yield out or stem, given or (_newest(out, console) if out and config.resume == "auto" else None)
+        return
+    with claim(out, console.print) if out else claim_new(stem, console.print) as out:
+        saved = given or _newest(out, console)
+        if saved and config.resume == "never":
+            raise UsageError(f"--out {out} holds a run already; continue it with --resume auto or choose another")
+        yield out, saved
 
 
 def _newest(out: Path, console: Console) -> Path | None:

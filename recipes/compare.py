@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import tyro
 from rich.console import Console
 
+from engine.checkpoint.lock import claim
 from optimizers.core import UsageError
 from optimizers.random import fold
 from tools.plot import loss_curve
@@ -159,7 +160,12 @@ def compare(config: Compare, common: list[str], console: Console) -> None:
     reference = config.reference or methods[0].name
     if reference not in [m.name for m in methods]:
         raise UsageError(f"--reference {reference!r} is none of {[m.name for m in methods]}")
-    config.out.mkdir(parents=True, exist_ok=True)
+    with claim(config.out, console.print, "OUT"):
+        _compare(config, common, methods, reference, console)
+
+
+def _compare(config: Compare, common: list[str], methods: list[Method], reference: str, console: Console) -> None:
+    """In a folder that is this process's own."""
     rows, tried = [], {}
     for method in methods:
         tuning = [
