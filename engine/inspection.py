@@ -202,12 +202,13 @@ def check(name: str, p: Tensor, slots: Slots) -> None:
             raise refuse(slot, f"no larger than {tuple(like.shape)}")
         if slot == "signs" and t.shape != (min(sides, default=0),):
             raise refuse(slot, "one for each of its shorter side")
-        if slot == "index" and (t.dtype != torch.int64 or not t.ndim or not sides or not in_range(t, max(sides))):
+        fits = bool(sides) and t.ndim > 0 and (slot != "index" or in_range(t, max(sides), -max(sides)))
+        if slot == "index" and (t.dtype != torch.int64 or not fits):
             raise refuse(slot, "positions on one of its sides")
 
 
-def in_range(index: Tensor, size: int) -> bool:
-    return index.numel() > 0 and int(index.min()) >= 0 and int(index.max()) < size
+def in_range(index: Tensor, size: int, least: int = 0) -> bool:
+    return index.numel() > 0 and int(index.min()) >= least and int(index.max()) < size
 
 
 def look(name: str, p: Tensor, slots: Slots | None, who: Who, parked: bool = False, rounded: bool = True) -> Look:
@@ -242,14 +243,16 @@ def measured(
         if prefix == "first":
             measures["first_rms"] = rms(x)
         if x.ndim >= 2 and min(x.shape) > 0 and min(x.shape[-2:]) > 1:
-            values, squared = spectrum(x), x.square().sum((-2, -1))
+            unit = linalg.unit(x)  # ratios do not depend on the size, but squares of small numbers vanish
+            values, squared = spectrum(x / unit), (x / unit).square().sum((-2, -1))
             measures[f"{prefix}_stable_rank"] = stable_rank(values, squared)
             if prefix == "first":
                 measures["first_leading"] = leading(values, squared, min(x.shape[-2:]))
-            spectra[slot] = values.reshape(-1, values.shape[-1]).mean(0)[:LEADING].tolist()
+            spectra[slot] = (values * unit[..., 0]).reshape(-1, values.shape[-1]).mean(0)[:LEADING].tolist()
     if "basis" in slots:
         q = slots["basis"].float()
-        measures["basis_error"] = basis_error(q)
+        if q.any():  # zeros stand for a basis until a gradient gives one
+            measures["basis_error"] = basis_error(q)
         if first and slots[first].shape == like.shape and q.shape[-1] < q.shape[-2]:
             measures["first_captured"] = captured(slots[first], q, q.shape[-2] != min(like.shape[-2:]))
     if (delta := adamw_update(slots, like, who)) is not None:

@@ -19,7 +19,7 @@ def make_kernel(rules: Sequence[Rule], clip: str = "none") -> Kernel:
 
     It moves `params` and `slots` in place. `clip` says what the 0-d `bound` is: "none" ignores it, "tensor" scales
     each gradient to at most this norm, "scale" multiplies every gradient by it. The norms are those before clipping.
-    `seed` (0-d int32) rounds bfloat16 parameters stochastically; None rounds to nearest.
+    `seed` (len(rules),) int32, one a parameter, rounds bfloat16 parameters stochastically; None rounds to nearest.
     """
 
     def kernel(
@@ -40,7 +40,7 @@ def make_kernel(rules: Sequence[Rule], clip: str = "none") -> Kernel:
                 g = g.float() * bound
             delta, new = rule.update(g, old, p, hyper)
             if delta is not None:
-                p.copy_(add(p, delta, None if seed is None else seed + i))
+                p.copy_(add(p, delta, None if seed is None else seed[i]))
             for slot, value in new.items():
                 if value is not old[slot]:
                     old[slot].copy_(value)

@@ -187,9 +187,9 @@ def _watched(optimizer: Optimizer, tally: Tally) -> Optimizer:
         if rebuild is None:
             return rule
 
-        def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
+        def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
             with tally.doing("refresh", "refresh workspace"):
-                return rebuild(g, slots, key)
+                return rebuild(g, slots, key, only_missing)
 
         return rules.setdefault(rule, rule._replace(refresh=refresh))
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from optimizers.core import PARKED, Hyper, Optimizer, Params, State, UsageError, part
-from optimizers.random import Key, fold
+from optimizers.random import Key, fold, word
 
 from . import passes
+from .bases import Missing
 from .compile import compiled
 from .kernel import Kernel, make_kernel
 from .segments import Batch, Chain, Segment
@@ -80,6 +81,7 @@ class Step:
         self.device = next(iter(params.values())).device
         self.clip_norm = torch.tensor(clip_norm, device=self.device)
         self.previous = torch.tensor(0.0, device=self.device)  # the last step's norm; part of a run's state
+        self.missing = Missing(optimizer.owner, state)
         self._kernels: dict[object, Kernel] = {}
 
     def __call__(self, batches: Sequence[Batch], hypers: Mapping[str, Hyper], step: int) -> Result:
@@ -119,6 +121,7 @@ class Step:
             state |= own
         order = [key for name in self.params for key in (name, PARKED + name) if key in state]
         self.state |= {key: state[key] for key in order}
+        self.missing.look(self.state)
         return True
 
     def moved(self, names: Iterable[str]) -> list[str]:
@@ -147,7 +150,9 @@ class _Update:
 
     def __init__(self, step: Step, trainable: Params, hypers: Mapping[str, Hyper], count: int) -> None:
         self.step, self.trainable, self.hypers, self.count = step, trainable, hypers, count
-        self.due = set(step.optimizer.due(count)).intersection(step.moved(trainable))
+        moved = step.moved(trainable)
+        self.due = set(step.optimizer.due(count)).intersection(moved)
+        self.missing = step.missing.names().intersection(moved)
         self.squares: list[tuple[tuple[str, ...], Tensor]] = []
         self.refreshed: list[Tensor] = []
         self.waiting: list[Params] = []
@@ -177,27 +182,32 @@ class _Update:
     def _move(self, grads: Params) -> None:
         names, state = self.step.moved(grads), self.step.state
         for name, g in zip(names, grads.values(), strict=True):
-            if name in self.due:
-                rebuild = self.step.optimizer.owner[name].rule.refresh
-                assert rebuild is not None, name
-                slots, ok = rebuild(g, state[name], fold(self.step.key, name, self.count))
+            if name in self.due or name in self.missing:
+                rule = self.step.optimizer.owner[name].rule
+                assert rule.refresh is not None, name
+                key = fold(self.step.key, name, self.count)
+                slots, ok = rule.refresh(g, state[name], key, name not in self.due)
                 for slot, value in slots.items():
                     if value is not state[name][slot]:
                         state[name][slot].copy_(value)
-                self.refreshed.append(ok)
+                if name in self.due:
+                    self.refreshed.append(ok)
+                if name in self.missing:
+                    self.step.missing.watch(name, state[name])
         owner = self.step.optimizer.owner
         held, hypers = [state[name] for name in names], [self.hypers[owner[name].name] for name in names]
         params = [self.step.params[name].detach() for name in names]
         kernel = self.step.kernel(tuple(names))
-        squares = kernel(list(grads.values()), held, params, hypers, self.bound, self._seed(names[0]))
+        squares = kernel(list(grads.values()), held, params, hypers, self.bound, self._seeds(names))
         self.squares.append((tuple(grads), squares))
 
-    def _seed(self, name: str) -> Tensor | None:
-        """Of stochastic rounding, for the parameters of the segment whose first one this is."""
+    def _seeds(self, names: Sequence[str]) -> Tensor | None:
+        """Of stochastic rounding, (len(names),) int32: for each tensor and step another one, and no pattern returns."""
         if not self.step.stochastic_rounding:
             return None
-        number = fold(self.step.key, "rounding", name, self.count) & 0x7FFF0000  # low bits: the kernel's own count
-        return torch.tensor(number, dtype=torch.int32, device=self.step.device)
+        words = [word(self.step.key, "rounding", name, self.count) for name in names]
+        host = torch.tensor(words, dtype=torch.int32, pin_memory=self.step.device.type == "cuda")
+        return host.to(self.step.device, non_blocking=True)
 
 
 def _scaling(clip: Clip) -> Literal["none", "tensor", "scale"]:

@@ -8,7 +8,7 @@ whole model: it says who owns which parameter, what is trainable now (`view`) an
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,26 +26,35 @@ class UsageError(ValueError):
     """What was asked for cannot be done. The message says: name, got, expected, what to do."""
 
 
+class Refresh(Protocol):
+    """A rule's refresh."""
+
+    def __call__(self, g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]: ...
+
+
 class Rule(NamedTuple):
     """How one tensor moves.
 
     `init(p) -> slots` allocates state and draws nothing. `update(g, slots, p, hyper) -> (delta, slots)` is hot and
     is compiled; the new value is `p + delta`, or p itself where delta is None. `refresh(g, slots, key) -> (slots, ok)`
     is cold and eager: every `gap` steps it rebuilds what depends on this step's gradient (a subspace basis) before
-    `update` sees it; `ok` is a 0-d bool that is False where the gradient was unusable and the old slots were kept.
-    That is at step 0 and where step mod gap = `offset`. `export(slots, p)` and `adopt(moments, slots, p, key)`, cold
-    too, carry what was learned to another rule: see `moments`. `adopt` gets fresh slots and both moments, and returns
-    slots and what it did to them.
+    `update` sees it; `ok` is a 0-d bool that is False where the gradient was unusable and old slots were kept. That is
+    at step 0 and where step mod gap = `offset`. Given `only_missing` it rebuilds what was never built, as no gradient
+    was usable yet, and leaves the rest bitwise as it is: so it may be called at any step until there is a basis, and
+    nobody has to know on the host whether there is one; `built(slots)`, a 0-d bool, says so. `export(slots, p)` and
+    `adopt(moments, slots, p, key)`, cold too, carry what was learned to another rule: see `moments`. `adopt` gets fresh
+    slots and both moments, and returns slots and what it did to them.
     """
 
     name: str
     init: Callable[[Tensor], Slots]
     update: Callable[[Tensor, Slots, Tensor, Hyper], tuple[Tensor | None, Slots]]
-    refresh: Callable[[Tensor, Slots, Key], tuple[Slots, Tensor]] | None = None
+    refresh: Refresh | None = None
     gap: int = 0
     offset: int = 0
     export: Callable[[Slots, Tensor], Moments] | None = None
     adopt: Callable[[Moments, Slots, Tensor, Key], tuple[Slots, str]] | None = None
+    built: Callable[[Slots], Tensor] | None = None
 
 
 class Group(NamedTuple):
@@ -127,13 +136,14 @@ def route(names: Sequence[str], groups: Sequence[Group]) -> dict[str, Group]:
 def stagger(sizes: Mapping[str, int], gap: int) -> dict[str, int]:
     """Offsets in [0, gap) that spread refreshes over steps so that each step does about the same work.
 
-    `sizes` is the cost of each refresh (elements). Tensors are laid end to end on a circle of `gap` steps.
+    `sizes` is the cost of each refresh (elements). Tensors are laid end to end, by name, on a circle of `gap` steps, so
+    that the order of `sizes` does not matter.
     """
     total, seen, offsets = sum(sizes.values()), 0, {}
-    for name, size in sizes.items():
+    for name in sorted(sizes):
         offsets[name] = seen * gap // total
-        seen += size
-    return offsets
+        seen += sizes[name]
+    return {name: offsets[name] for name in sizes}
 
 
 def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -> Optimizer:
@@ -186,24 +196,30 @@ def updating(
 
 
 def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: Key) -> tuple[State, list[Tensor]]:
-    """Rebuild the bases that are due at `step` among `grads`; returns the state and one `ok` per rebuilt tensor."""
+    """Rebuild the bases that are due at `step` among `grads`, and those that are missing still; returns the state and
+    one `ok` per tensor that was due."""
     state, flags = dict(state), []
     grads = {optimizer.moves.get(name, name): g for name, g in grads.items()}
-    for name in optimizer.due(step):
-        if name in grads:
-            rebuild = optimizer.owner[name].rule.refresh
-            assert rebuild is not None
-            state[name], ok = rebuild(grads[name], state[name], fold(key, name, step))
+    due = set(optimizer.due(step))
+    for name, g in grads.items():
+        rule = optimizer.owner[name].rule
+        if rule.refresh is None:
+            continue
+        if name in due:
+            state[name], ok = rule.refresh(g, state[name], fold(key, name, step))
             flags.append(ok)
+        elif rule.built is not None and not rule.built(state[name]):
+            state[name], _ = rule.refresh(g, state[name], fold(key, name, step), only_missing=True)
     return state, flags
 
 
 def add(p: Tensor, delta: Tensor, seed: Tensor | None = None) -> Tensor:
     """`p + delta` in p's dtype, computed in float32 and rounded once: to nearest, or stochastically given a `seed`.
 
-    `seed` is a 0-d int32. Stochastic rounding (p must be bfloat16) adds 16 random bits below the kept ones, so the
-    rounded value is right on average and updates smaller than half an ulp are not lost. The bits are a hash of
-    (seed, position), so nothing but the seed has to be saved, and the same graph gives the same bits anywhere.
+    `seed` is a 0-d int32, of which all bits count. Stochastic rounding (p must be bfloat16) adds 16 random bits below
+    the kept ones, so the rounded value is right on average and updates smaller than half an ulp are not lost. The bits
+    are a hash of (seed, position), so nothing but the seed has to be saved, and the same graph gives the same bits
+    anywhere.
     """
     new = p.float() + delta
     if seed is None or p.dtype != torch.bfloat16:

@@ -9,17 +9,19 @@
 As its authors' code: eps 1e-6 outside the bias correction, decay after the step, refresh at 0-based t mod T = 0.
 
 Where this differs. `moments` says what happens to M and V when the basis changes: the authors "keep" stale
-coordinates (also the default here, so that results compare); "reset" starts them anew; "rotate" carries M over with
-R = Q_new^T Q_old and V with R squared entry by entry, its expectation for independent coordinates (ours). The basis
-comes from a randomized range finder unless `basis="svd"`. A gradient that is not finite, or all zero, keeps the old
-basis. Refreshes are staggered over tensors by `core.partition` unless told otherwise.
+coordinates (also the default here, so that results compare); "reset" starts them anew, and with them t, which the bias
+correction counts; "rotate" carries M over with R = Q_new^T Q_old and V with R squared entry by entry, its expectation
+for independent coordinates (ours). The basis comes from a randomized range finder unless `basis="svd"`. A gradient that
+is not finite, or all zero, keeps the old basis; where there is none yet, the first that says something gives it.
+Refreshes are staggered over tensors by `core.partition` unless told otherwise.
 """
 
 import torch
 from torch import Tensor
 
+from . import linalg
 from .core import Hyper, Rule, Slots, UsageError, clock, tick
-from .linalg import check_rank, first_basis, keep_unless_ok, lift, project, range_basis, rotate, svd_basis, usable
+from .linalg import lift, project
 from .moments import Moments, clocked, factored, unbiased
 from .random import Key
 
@@ -46,22 +48,28 @@ def galore(
         raise UsageError(f"galore: basis must be 'range' or 'svd', got {basis!r}")
 
     def init(p: Tensor) -> Slots:
-        check_rank(p, rank)
-        q = first_basis(p, rank)
+        linalg.check_rank(p, rank)
+        q = linalg.no_basis(p, rank)
         zeros = torch.zeros_like(project(p.float(), q), memory_format=torch.contiguous_format)
         return {**clock(p), "basis": q, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
-    def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
-        g, ok = usable(g)
-        new = svd_basis(g, rank) if basis == "svd" else range_basis(g, rank, key)
-        q = keep_unless_ok(new, slots["basis"], ok & new.isfinite().all())
-        m, v = slots["exp_avg"], slots["exp_avg_sq"]
-        if moments == "reset":
-            m, v = (torch.where(ok, 0, x) for x in (m, v))
+    def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
+        old, (x, wanted) = slots["basis"], linalg.directions(g)
+        if only_missing:
+            wanted = wanted & linalg.missing(old)
+        new = linalg.svd_basis(x, rank) if basis == "svd" else linalg.range_basis(x, rank, key)
+        taken = wanted & linalg.finite(new)
+        q = torch.where(taken, new, old).contiguous()
+        out, m, v = slots | {"basis": q}, slots["exp_avg"], slots["exp_avg_sq"]
+        if moments == "reset" and not only_missing:  # of a whole stack, as its matrices share a clock
+            fresh = {**clock(g), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(v)}
+            out |= {slot: torch.where(taken.any(), value, slots[slot]) for slot, value in fresh.items()}
         elif moments == "rotate":
-            r = q.mT @ slots["basis"]
-            m, v = rotate(m, r, g), rotate(v, r * r, g)
-        return slots | {"basis": q, "exp_avg": m.contiguous(), "exp_avg_sq": v.contiguous()}, ok
+            r = q.mT @ old
+            out["exp_avg"] = torch.where(taken, linalg.rotate(m, r, g), m).contiguous()
+            finite = v.clamp(max=torch.finfo(v.dtype).max)  # squares beyond float32: infinity times 0 is not a number
+            out["exp_avg_sq"] = torch.where(taken, linalg.rotate(finite, r * r, g), v).contiguous()
+        return out, linalg.rebuilt(g, wanted, taken)
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
         q, lr = slots["basis"], hyper["lr"]
@@ -86,4 +94,7 @@ def galore(
         m, v = project(moments.first * c1, q), project(moments.second * c2, q.square())
         return {**scalars, "basis": q, "exp_avg": m.contiguous(), "exp_avg_sq": v.contiguous()}, "projected"
 
-    return Rule("galore", init, update, refresh, update_proj_gap, export=export, adopt=adopt)
+    def built(slots: Slots) -> Tensor:
+        return ~linalg.missing(slots["basis"]).any()
+
+    return Rule("galore", init, update, refresh, update_proj_gap, 0, export, adopt, built)

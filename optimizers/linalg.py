@@ -60,10 +60,19 @@ def check_rank(p: Tensor, rank: int) -> None:
         )
 
 
-def first_basis(p: Tensor, rank: int, other: bool = False) -> Tensor:
-    """A valid basis before any gradient was seen: the first r coordinate directions, float32, contiguous."""
-    eye = torch.eye(p.shape[longer(p) if other else shorter(p)], rank, device=p.device)
-    return eye.expand(*p.shape[:-2], *eye.shape).contiguous()
+def no_basis(p: Tensor, rank: int, other: bool = False) -> Tensor:
+    """What stands for a basis until a gradient was seen that gives one: zeros, float32, in which nothing moves."""
+    return p.new_zeros(*p.shape[:-2], p.shape[longer(p) if other else shorter(p)], rank, dtype=torch.float32)
+
+
+def unit(x: Tensor) -> Tensor:
+    """The power of two below the largest entry of each matrix of x (..., m, n): (..., 1, 1) float32, never zero.
+
+    What is divided by it is rounded nowhere, and neither its squares nor their sums overflow or vanish, so that
+    directions do not depend on how large a gradient is. Infinite, or NaN, where x is.
+    """
+    largest = x.abs().amax((-2, -1), keepdim=True).float()
+    return (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def svd_basis(g: Tensor, rank: int) -> Tensor:
@@ -79,9 +88,10 @@ def range_basis(g: Tensor, rank: int, key: Key, oversample: int | None = None, p
 
     S itself is formed where that is cheaper than passes over G. Dropping the extra directions takes an eigenproblem of
     their number, for which one more iteration gains more at a large rank, so `oversample` is 8 up to rank 64, else 0.
-    Not finite where g is not.
+    The size of g does not matter. Not finite where g is not.
     """
-    x = g.float() if tall(g) else g.float().mT
+    x = g.float() / unit(g)
+    x = x if tall(g) else x.mT
     long, short = x.shape[-2:]
     size = min(rank + (8 if rank <= 64 else 0) if oversample is None else rank + oversample, short)
     times = 1 + power
@@ -125,21 +135,30 @@ def new_basis(old: Tensor, key: Key) -> Tensor:
     return q.contiguous()
 
 
-def keep_unless_ok(new: Tensor, old: Tensor, ok: Tensor) -> Tensor:
-    """new where ok (0-d bool), else old; no host synchronisation."""
-    return torch.where(ok, new, old).contiguous()
+def directions(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(g in float32, each matrix divided by its `unit`, or zeros where it says nothing; where it does: finite, and not
+    all zero, (..., 1, 1) bool)."""
+    largest = g.abs().amax((-2, -1), keepdim=True)
+    good = largest.isfinite() & (largest > 0)
+    x = torch.where(good, g, 0).float()
+    return x / unit(x), good
 
 
-def informative(g: Tensor) -> Tensor:
-    """0-d bool: every entry is finite and one is not zero."""
-    low, high = torch.aminmax(g)
-    return low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))
+def missing(basis: Tensor) -> Tensor:
+    """Where there is no basis yet, only `no_basis`: (..., 1, 1) bool for (..., side, r)."""
+    return (basis == 0).all(-1, keepdim=True).all(-2, keepdim=True)
 
 
-def usable(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(g in float32, or zeros where it is not `informative`; whether it is)."""
-    ok = informative(g)
-    return torch.where(ok, g, 0).float(), ok
+def finite(x: Tensor) -> Tensor:
+    """Which matrices of x (..., m, n) have no infinite and no NaN entry: (..., 1, 1) bool."""
+    return x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+
+
+def rebuilt(g: Tensor, wanted: Tensor, taken: Tensor) -> Tensor:
+    """0-d bool, the `ok` of a refresh: every entry of g is finite, one is not zero, and every matrix that was `wanted`,
+    as its gradient allowed it, was `taken`."""
+    largest = g.abs().amax()
+    return largest.isfinite() & (largest > 0) & (taken | ~wanted).all()
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -31,7 +31,8 @@ def factored(v: Tensor) -> Tensor:
     and columns is zero, so an estimate that is missing entries does not ask for infinite steps."""
     if v.ndim < 2:
         return v
-    return v.mean(-1, keepdim=True) * v.mean(-2, keepdim=True) / v.mean((-2, -1), keepdim=True).clamp(min=1e-38)
+    mean = v.mean((-2, -1), keepdim=True)  # divided by first: a product of two means of v may leave float32's range
+    return v.mean(-1, keepdim=True) * (v.mean(-2, keepdim=True) / torch.where(mean > 0, mean, 1))
 
 
 def complete(moments: Moments, decay: float = 0.95) -> Moments:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .core import UsageError
-from .linalg import gram, tall
+from .linalg import gram, tall, unit
 
 LIMIT = 1e-8  # least eigenvalue of a Gram matrix over its largest for which float64 keeps eight digits of the former
 LIFT = 1e-8
@@ -131,7 +131,8 @@ def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     """Approximate polar factor of x (..., m, n) by Muon's quintic iteration, computed and returned in `dtype`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     transposed = x.shape[-2] > x.shape[-1]
-    o = x.to(dtype).mT if transposed else x.to(dtype)
+    o = (x / unit(x)).to(dtype)  # exact: the norm of a matrix of any size neither overflows nor vanishes
+    o = o.mT if transposed else o
     o = o / o.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     shape, o = o.shape, o.flatten(0, -3) if o.ndim > 2 else o
     fused = torch.baddbmm if o.ndim > 2 else torch.addmm  # one rounding for a sum and a product, as torch.optim.Muon

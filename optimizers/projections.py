@@ -6,8 +6,11 @@
     topk uniform              index (r)                 rows of G       (r, n)    columns of G    (m, r)
 
 svd, range and topk follow G: its leading singular directions, exact or by a randomized range finder ("auto" takes the
-exact ones up to a side of 128), or its slices of the largest norm. The others are random: Haar, a subsampled
-randomized Hadamard transform (H from `linalg.transform`, D random signs), uniformly chosen slices.
+exact ones up to a side of 128), or its slices of the largest norm, largest first. The others are random: Haar, a
+subsampled randomized Hadamard transform (H from `linalg.transform`, D random signs), uniformly chosen slices, in the
+order drawn: whoever keeps coordinates by their position, as the authors' first release does for a step, sees it.
+
+Before the first one is drawn a basis is zero, and an index negative (counted from the end).
 """
 
 import torch
@@ -26,30 +29,69 @@ def compressed(kind: str, x: Tensor) -> int:
 
 
 def blank(kind: str, p: Tensor, rank: int) -> Slots:
-    """A valid projection before any gradient was seen, draws nothing; UsageError where the rank does not fit."""
+    """What stands there before any gradient was seen, draws nothing; UsageError where the rank does not fit."""
     linalg.check_rank(p, rank)
-    index = torch.arange(rank, device=p.device)
+    index = torch.arange(rank, device=p.device) - p.shape[compressed(kind, p)]
     if kind == "srht":
         return {"index": index, "signs": p.new_ones(min(p.shape[-2:]), dtype=torch.int8)}
     if kind == "topk":
         return {"index": index.expand(*p.shape[:-2], rank).contiguous()}
-    return {"index": index} if kind == "uniform" else {"basis": linalg.first_basis(p, rank)}
+    return {"index": index} if kind == "uniform" else {"basis": linalg.no_basis(p, rank)}
+
+
+def missing(slots: Slots) -> Tensor:
+    """Where no projection was drawn yet: (..., 1, 1) bool, without leading dimensions where matrices share it."""
+    if "basis" in slots:
+        return linalg.missing(slots["basis"])
+    return (slots["index"] < 0).any(-1)[..., None, None]
 
 
 def draw(kind: str, g: Tensor, rank: int, key: Key) -> tuple[Slots, Tensor]:
     """(a new projection for g, 0-d bool: it can be used, as g is finite and not zero)."""
-    ok, side = linalg.informative(g), g.shape[compressed(kind, g)]
+    x, good = linalg.directions(g)
+    drawn = _drawn(kind, x, rank, key)
+    taken = good & linalg.finite(drawn["basis"]) if "basis" in drawn else good
+    return drawn, linalg.rebuilt(g, good, taken)
+
+
+def renew(
+    kind: str, g: Tensor, slots: Slots, rank: int, key: Key, only_missing: bool = False
+) -> tuple[Slots, Tensor, Tensor]:
+    """(`slots` of the projection after a refresh, which matrices of g have a new one (..., 1, 1), the refresh's `ok`).
+
+    A matrix whose gradient says nothing keeps what it has; so do those that have one, with `only_missing`.
+    """
+    x, good = linalg.directions(g)
+    if kind in ("random", "uniform", "srht"):  # one for the whole stack, if any of it has a gradient
+        good = (g.isfinite().all() & good.any()).expand_as(good)
+    wanted = good & missing(slots) if only_missing else good
+    drawn = _drawn(kind, x, rank, key)
+    taken = wanted & linalg.finite(drawn["basis"]) if "basis" in drawn else wanted
+    ok = linalg.rebuilt(g, wanted, taken)
+    new = {}
+    for slot, value in drawn.items():
+        where = taken if slot == "basis" else taken[..., 0] if value.ndim > 1 else taken.all()
+        new[slot] = torch.where(where, value, slots[slot]).contiguous()
+    return new, taken, ok
+
+
+def _drawn(kind: str, x: Tensor, rank: int, key: Key) -> Slots:
+    """A projection for x, which is finite and about 1."""
+    side = x.shape[compressed(kind, x)]
     if kind == "random":
-        return {"basis": linalg.random_basis(g, rank, key)}, ok
+        return {"basis": linalg.random_basis(x, rank, key)}
     if kind == "topk":
-        return {"index": g.float().norm(dim=linalg.shorter(g)).topk(rank).indices.sort().values}, ok
+        return {"index": x.norm(dim=linalg.shorter(x)).topk(rank).indices}
     if kind in ("uniform", "srht"):
-        index = {"index": permutation(fold(key, "index"), side, g.device)[:rank].sort().values}
-        return index if kind == "uniform" else {**index, "signs": signs(key, side, g.device).to(torch.int8)}, ok
-    if kind == "svd" or (kind == "auto" and side <= 128):
-        return {"basis": linalg.svd_basis(torch.where(ok, g, 0), rank)}, ok
-    basis = linalg.range_basis(g, rank, key)
-    return {"basis": basis}, ok & basis.isfinite().all()
+        index = {"index": permutation(fold(key, "index"), side, x.device)[:rank]}
+        return index if kind == "uniform" else {**index, "signs": signs(key, side, x.device).to(torch.int8)}
+    exact = kind == "svd" or (kind == "auto" and side <= 128)
+    return {"basis": linalg.svd_basis(x, rank) if exact else linalg.range_basis(x, rank, key)}
+
+
+def _positions(q: Slots, size: int) -> Tensor:
+    """Where the slices are, also before any was drawn."""
+    return torch.where(q["index"] < 0, q["index"] + size, q["index"])
 
 
 def down(x: Tensor, q: Slots) -> Tensor:
@@ -57,14 +99,15 @@ def down(x: Tensor, q: Slots) -> Tensor:
     if "basis" in q:
         return linalg.project(x, q["basis"])
     x, dim = (linalg.mix(x, q["signs"]), linalg.shorter(x)) if "signs" in q else (x, linalg.longer(x))
-    return linalg.take(x, q["index"], dim)
+    return linalg.take(x, _positions(q, x.shape[dim]), dim)
 
 
 def up(c: Tensor, q: Slots, like: Tensor) -> Tensor:
     """P* c, of `like`'s shape."""
     if "basis" in q:
         return linalg.lift(c, q["basis"], like)
-    spread, chosen = linalg.spread(c, q["index"], linalg.shorter(like) if "signs" in q else linalg.longer(like), like)
+    dim = linalg.shorter(like) if "signs" in q else linalg.longer(like)
+    spread, chosen = linalg.spread(c, _positions(q, like.shape[dim]), dim, like)
     x = torch.where(chosen, spread, 0)
     return linalg.unmix(x, q["signs"]) if "signs" in q else x
 
@@ -80,7 +123,8 @@ def average(g: Tensor, m: Tensor, weight: float, q: Slots, gain: Tensor | float 
         new = m.lerp(c, weight)
         return g - linalg.lift(c - gain * new, q["basis"], g), new  # a sum would become addmm, which copies g first
     x, dim = (linalg.mix(g, q["signs"]), linalg.shorter(g)) if "signs" in q else (g, linalg.longer(g))
-    spread, chosen = linalg.spread(m, q["index"], dim, g)
+    index = _positions(q, g.shape[dim])
+    spread, chosen = linalg.spread(m, index, dim, g)
     out = torch.where(chosen, gain * spread.lerp(x, weight), x)
-    new = m.lerp(linalg.take(x, q["index"], dim), weight)
+    new = m.lerp(linalg.take(x, index, dim), weight)
     return linalg.unmix(out, q["signs"]) if "signs" in q else out, new

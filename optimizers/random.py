@@ -16,6 +16,11 @@ def fold(key: int, *data: int | str) -> Key:
     return Key(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1)
 
 
+def word(key: int, *data: int | str) -> int:
+    """32 random bits of a key, as a signed number: what an int32 tensor holds."""
+    return (fold(key, *data) & 0xFFFFFFFF) - 2**31
+
+
 def _generator(key: Key) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(key)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .core import Hyper, Optimizer, Params, Rule, Slots, State, UsageError, add, blank, updating
 from .moments import Moments
-from .random import Key, fold, normal, permutation
+from .random import Key, fold, normal, permutation, word
 
 OWN = ("P", "B", "age")  # slots that are not the inner rule's
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
@@ -74,9 +74,9 @@ def subspace(
     def split(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         return (g.float() + prox * slots["B"] if prox else g), _inside(slots)
 
-    def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
+    def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
         assert inner.refresh is not None
-        new, ok = inner.refresh(*split(g, slots), key)
+        new, ok = inner.refresh(*split(g, slots), key, only_missing)
         return slots | new, ok
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
@@ -112,15 +112,13 @@ def subspace(
         new, did = inner.adopt(given, _inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32), key)
         return slots | new, f"into a random subspace, {did}"
 
-    return Rule(
-        f"rso {inner.name}",
-        init,
-        update,
-        refresh if inner.refresh else None,
-        inner.gap,
-        inner.offset,
-        export if inner.export else None,
-        adopt if inner.adopt else None,
+    return inner._replace(
+        name=f"rso {inner.name}",
+        init=init,
+        update=update,
+        refresh=refresh if inner.refresh else None,
+        export=export if inner.export else None,
+        adopt=adopt if inner.adopt else None,
     )
 
 
@@ -228,7 +226,7 @@ def rso(
         for name, p in bases(params, step).items():
             w, old = params[name], state[name]
             if form == "products":
-                seed = torch.tensor(fold(key, "merge", name, step) & 0x7FFFFFFF, dtype=torch.int32, device=w.device)
+                seed = torch.tensor(word(key, "merge", name, step), dtype=torch.int32, device=w.device)
                 params[name] = add(w, old["B"] @ old["P"].float().T, seed)
             new = owner[name].rule.init(w) | {"P": p}
             state[name] = new if moments == "reset" else new | _inside(old)

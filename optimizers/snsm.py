@@ -109,23 +109,23 @@ def snsm(
             slots |= projections.blank(proj_type, p, rank_of(p))
             shape[projections.compressed(proj_type, p)] = rank_of(p)
         if stale:
-            slots["stale"] = p.new_zeros((), dtype=torch.float32)
+            slots["stale"] = p.new_zeros(p.shape[:-2], dtype=torch.float32)
         if numerator != "gradient":
             slots["exp_avg"] = p.new_zeros(shape, dtype=torch.float32)
         if second != "none":
             slots["exp_avg_sq"] = torch.zeros_like(sums(p, subset), dtype=torch.float32)
         return slots
 
-    def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
-        drawn, ok = projections.draw(proj_type, g, rank_of(g), key)
-        new = {slot: linalg.keep_unless_ok(x, slots[slot], ok) for slot, x in drawn.items()}
-        m = slots["exp_avg"]
+    def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
+        new, taken, ok = projections.renew(proj_type, g, slots, rank_of(g), key, only_missing)
+        m, again = slots["exp_avg"], taken & ~projections.missing(slots)
         if stale:
-            new["stale"] = (ok & (slots["step"] > 0)).float()
+            new["stale"] = again.float().view_as(slots["stale"])
         elif moments == "reset":
-            new["exp_avg"] = torch.where(ok, 0, m)
+            new["exp_avg"] = torch.where(taken, 0, m)
         elif moments == "rotate":
-            new["exp_avg"] = linalg.keep_unless_ok(projections.down(projections.up(m, slots, g), new), m, ok)
+            turned = projections.down(projections.up(m, slots, g), new)
+            new["exp_avg"] = torch.where(taken, turned, m).contiguous()
         return slots | new, ok
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
@@ -136,7 +136,7 @@ def snsm(
             num = new["exp_avg"] = slots["exp_avg"].lerp(g, 1 - b1)
         elif subspace:
             num, m = projections.average(g, slots["exp_avg"], 1 - b1, slots, 1 / c1 if apart else 1.0)
-            new["exp_avg"] = m * (1 - slots["stale"]) if stale else m
+            new["exp_avg"] = m * (1 - slots["stale"][..., None, None]) if stale else m
         if stale:
             new["stale"] = torch.zeros_like(slots["stale"])
         s = lr * c2.sqrt() / (1.0 if apart else c1) if correct_bias else lr
@@ -162,8 +162,7 @@ def snsm(
         assert moments.first is not None and moments.second is not None
         new, did = slots | scalars, []
         if subspace:
-            drawn, ok = projections.draw(proj_type, moments.first, rank_of(p), key)
-            new |= {slot: linalg.keep_unless_ok(x, slots[slot], ok) for slot, x in drawn.items()}
+            new |= projections.renew(proj_type, moments.first, slots, rank_of(p), key)[0]
             new["exp_avg"], did = projections.down(moments.first * c1, new).contiguous(), ["projected"]
         elif numerator == "ema":
             new["exp_avg"], did = moments.first * c1, ["kept"]
@@ -176,7 +175,11 @@ def snsm(
     if not subspace:
         return Rule(name, init, update, export=export, adopt=adopt)
     offset = update_proj_gap - 1 if compat == "sn-sm" else 0
-    return Rule(name, init, update, refresh, update_proj_gap, offset, export, adopt)
+
+    def built(slots: Slots) -> Tensor:
+        return ~projections.missing(slots).any()
+
+    return Rule(name, init, update, refresh, update_proj_gap, offset, export, adopt, built)
 
 
 # The paper's names; where they share a setting it is the default above.

@@ -14,7 +14,8 @@ mu = 0.95, s and alpha (its "projection back scale", 4 at rank 4 and 2 at rank 8
 
 Where this differs. The shorter side is projected, as in the released code; `side="longer"` is the side that the paper
 prints. `sumo_paper` is the algorithm above, `sumo_release` that code: an exact SVD, coordinates of the old basis kept
-in the new one, alpha = 4, and a Nesterov step that is written back into M, which makes its decay mu^2.
+in the new one, alpha = 4, a Nesterov step that is written back into M, which makes its decay mu^2, and weight decay
+after the step. That code refreshes where its 1-based step count is a multiple of K; here it is the 0-based one for all.
 
 `sumo` is what we recommend. Its Q is drawn at random away from the old one, so that in n / r gaps the moment has been
 everywhere: on text this learned more than the leading directions of G, which hold most of G and little of what is to be
@@ -60,6 +61,7 @@ def sumo(
     rho: float = 1.0,
     perpendicular: str = "raw",
     orthogonalize: str = "auto",
+    decay: str = "before",
     name: str = "sumo",
 ) -> Rule:
     """The family; its defaults are the recommended setting.
@@ -70,6 +72,7 @@ def sumo(
     moments        what a refresh does to M: "rotate", "keep" (its coordinates, now of another basis), "reset"
     alpha          "match" or a number
     orthogonalize  a method of `polar`
+    decay          "before" the step, as Algorithm 1 has it, or "after" it: then the step decays too
 
     Slots, float32: `basis` (short, r), `momentum_buffer` (m, r) or (r, n), so (m + n) r numbers; with a limiter also
     `norm`, a number a matrix. Raises UsageError for options it does not know, and in `init` for a rank above the
@@ -82,6 +85,7 @@ def sumo(
         ("side", side, ("shorter", "longer")),
         ("perpendicular", perpendicular, ("raw", "normalized", "orthogonal")),
         ("orthogonalize", orthogonalize, ("auto", *METHODS)),
+        ("decay", decay, ("before", "after")),
         ("alpha", alpha if isinstance(alpha, str) else "match", ("match",)),
     ):
         if got not in known:
@@ -97,7 +101,7 @@ def sumo(
         shape = list(p.shape)
         shape[linalg.longer(p) if other else linalg.shorter(p)] = rank
         m, norm = (p.new_zeros(size, dtype=torch.float32) for size in (shape, p.shape[:-2]))
-        slots = {"basis": linalg.first_basis(p, rank, other), "momentum_buffer": m}
+        slots = {"basis": linalg.no_basis(p, rank, other), "momentum_buffer": m}
         return slots | {"norm": norm} if limiter else slots
 
     def leading(g: Tensor, key: Key) -> Tensor:
@@ -108,35 +112,35 @@ def sumo(
         across: Tensor = torch.linalg.qr(images if linalg.tall(g) else images.mT)[0]
         return across
 
-    def rebuilt(g: Tensor, slots: Slots, key: Key) -> Tensor:
-        old, seen = slots["basis"], slots["momentum_buffer"].abs().amax(MATRIX, keepdim=True) > 0
+    def drawn(x: Tensor, old: Tensor, key: Key) -> Tensor:
         if basis == "random":
-            return linalg.new_basis(torch.where(seen, old, 0), key)
+            return linalg.new_basis(old, key)
         if basis == "track":
-            x = g if linalg.tall(g) != other else g.mT
-            start = torch.where(seen, old, normal(key, tuple(old.shape[-2:]), g.device))
+            x = x if linalg.tall(x) != other else x.mT
+            start = torch.where(linalg.missing(old), normal(key, tuple(old.shape[-2:]), x.device), old)
             tracked: Tensor = torch.linalg.qr(x.mT @ (x @ start))[0]
             return tracked
-        return leading(g, key)
+        return leading(x, key)
 
-    def refresh(g: Tensor, slots: Slots, key: Key) -> tuple[Slots, Tensor]:
-        old, m, ok = slots["basis"], slots["momentum_buffer"], linalg.informative(g)
-        size = g.abs().amax(MATRIX, keepdim=True)
-        good = size.isfinite() & (size > 0)
-        g = torch.where(good, g, 0).float()
-        if refresh_below is not None:
-            seen = linalg.project(g, old, other).square().sum(MATRIX, keepdim=True).sqrt()
-            good = good & ((seen <= refresh_below) | (m.abs().amax(MATRIX, keepdim=True) == 0))
-            if not good.any():
-                return slots, ok
-        new = rebuilt(g, slots, key)
-        good = good & new.abs().amax(MATRIX, keepdim=True).isfinite()
-        q = torch.where(good, new, old).contiguous()
+    def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
+        old, m, (x, wanted) = slots["basis"], slots["momentum_buffer"], linalg.directions(g)
+        missing = linalg.missing(old)
+        if only_missing:
+            wanted = wanted & missing
+        elif refresh_below is not None:
+            seen = linalg.project(torch.where(wanted, g, 0).float(), old, other).double().norm(dim=MATRIX, keepdim=True)
+            wanted = wanted & ((seen <= refresh_below) | missing)
+            if not wanted.any():
+                return slots, linalg.rebuilt(g, wanted, wanted)
+        still = m.abs().amax(MATRIX, keepdim=True) == 0  # nothing was learned in the old one: no need to stay away
+        new = drawn(x, torch.where(still, 0, old), key)
+        taken = wanted & linalg.finite(new)
+        q = torch.where(taken, new, old).contiguous()
         if moments == "rotate":
-            m = torch.where(good, linalg.rotate(m, q.mT @ old, g, other), m)
+            m = torch.where(taken, linalg.rotate(m, q.mT @ old, g, other), m)
         elif moments == "reset":
-            m = torch.where(good, 0, m)
-        return slots | {"basis": q, "momentum_buffer": m.contiguous()}, ok
+            m = torch.where(taken, 0, m)
+        return slots | {"basis": q, "momentum_buffer": m.contiguous()}, linalg.rebuilt(g, wanted, taken)
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor, Slots]:
         g, q, m = g.float(), slots["basis"], slots["momentum_buffer"]
@@ -154,15 +158,19 @@ def sumo(
         s = rms * sqrt(max(p.shape[-2:]))
         weight: float | Tensor = rho
         if perpendicular == "normalized":
-            whole, inside = (x.square().sum(MATRIX, keepdim=True) for x in (g, c))
+            unit = linalg.unit(g)
+            whole, inside = ((x / unit).square().sum(MATRIX, keepdim=True) for x in (g, c))
             outside = whole - inside  # below a millionth of the whole it is rounding
-            weight = torch.where(outside > 1e-6 * whole, rho * s * sqrt(rank) * outside.rsqrt(), 0)
+            weight = torch.where(outside > 1e-6 * whole, rho * s * sqrt(rank) * outside.rsqrt() / unit, 0)
         elif perpendicular == "orthogonal":
             g, c = s * newton_schulz(g - linalg.lift(c, q, p, other)).float(), torch.zeros_like(c)
         step = hyper["lr"] * (sqrt(min(p.shape[-2:]) / rank) if isinstance(alpha, str) else alpha)
         inner = linalg.lift(weight * c - s * o, q, p, other)  # subtracted: a sum would become addmm, which copies g
         u = weight * g - inner if rho else -inner
-        return -step * u - hyper["lr"] * hyper["weight_decay"] * p.float(), new
+        shrink = hyper["lr"] * hyper["weight_decay"]
+        if decay == "after":
+            step = step * (1 - shrink)
+        return -step * u - shrink * p.float(), new
 
     def export(slots: Slots, p: Tensor) -> Moments:
         first = (1 - momentum) * linalg.lift(slots["momentum_buffer"], slots["basis"], p, other)
@@ -170,14 +178,27 @@ def sumo(
 
     def adopt(given: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
         assert given.first is not None
-        q = leading(given.first, key).contiguous()  # of what was learned, whatever comes at the next refresh
+        x, good = linalg.directions(given.first)
+        q = leading(x, key)  # of what was learned, whatever comes at the next refresh
+        q = torch.where(good & linalg.finite(q), q, slots["basis"]).contiguous()
         m = linalg.project(given.first, q, other) / (1 - momentum)
         return slots | {"basis": q, "momentum_buffer": m.contiguous()}, "projected"
 
-    return Rule(name, init, update, refresh, update_proj_gap if refresh_below is None else 1, 0, export, adopt)
+    def built(slots: Slots) -> Tensor:
+        return ~linalg.missing(slots["basis"]).any()
+
+    gap = update_proj_gap if refresh_below is None else 1
+    return Rule(name, init, update, refresh, gap, 0, export, adopt, built)
 
 
 sumo_paper = partial(sumo, nesterov="none", basis="range", limiter=1.1, alpha=1.0, name="sumo_paper")
 sumo_release = partial(
-    sumo, nesterov="release", basis="svd", moments="keep", limiter=1.1, alpha=4.0, name="sumo_release"
+    sumo,
+    nesterov="release",
+    basis="svd",
+    moments="keep",
+    limiter=1.1,
+    alpha=4.0,
+    decay="after",
+    name="sumo_release",
 )

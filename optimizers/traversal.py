@@ -79,7 +79,7 @@ def _matching(params: Params, match: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"mask pattern {pattern!r} matches no parameter; the names look like {list(params)[:3]}: change it"
             )
-    return [name for name in params if any(re.search(pattern, name) for pattern in match)]
+    return sorted(name for name in params if any(re.search(pattern, name) for pattern in match))
 
 
 class Place(NamedTuple):

@@ -260,7 +260,7 @@ def test_galore_is_its_algorithm_in_float64(moments, shape, method):
     rule, p = galore(RANK, GAP, scale, (b1, b2), eps, moments, method), randn(*shape)
     slots, w, tall = rule.init(p), p.double().numpy(), shape[0] >= shape[1]
     m = v = np.zeros((shape[0], RANK) if tall else (RANK, shape[1]))
-    q = None
+    q, since = None, 0
     for t in range(1, 11):
         g = randn(*shape, seed=t) @ torch.diag(torch.arange(1, shape[1] + 1) ** -1.0)
         if (t - 1) % GAP == 0:
@@ -272,14 +272,14 @@ def test_galore_is_its_algorithm_in_float64(moments, shape, method):
             if method == "svd":
                 np.testing.assert_allclose(np.abs((q * exact).sum(0)), 1, atol=1e-5)
             if old is not None and moments == "reset":
-                m, v = np.zeros_like(m), np.zeros_like(v)
+                m, v, since = np.zeros_like(m), np.zeros_like(v), t - 1
             elif old is not None and moments == "rotate":
                 r = q.T @ old
                 m, v = (m @ r.T, v @ (r**2).T) if tall else (r @ m, r**2 @ v)
         d = g.double().numpy()
         c = d @ q if tall else q.T @ d
         m, v = b1 * m + (1 - b1) * c, b2 * v + (1 - b2) * c**2
-        n = m / (np.sqrt(v) + eps) * np.sqrt(1 - b2**t) / (1 - b1**t)
+        n = m / (np.sqrt(v) + eps) * np.sqrt(1 - b2 ** (t - since)) / (1 - b1 ** (t - since))
         w = w - lr * scale * (n @ q.T if tall else q @ n)
         w = w - lr * wd * w
         delta, slots = rule.update(g, slots, p, hyper(lr, wd))
@@ -348,6 +348,7 @@ def test_staggered_refreshes_are_spread_evenly(sizes, gap):
     assert list(offsets) == [str(i) for i in range(len(sizes))]
     assert max(work) <= sum(sizes) / gap + max(sizes)
     assert offsets == stagger({str(i): 3 * size for i, size in enumerate(sizes)}, gap)
+    assert offsets == stagger({str(i): size for i, size in reversed(list(enumerate(sizes)))}, gap), "by name"
 
 
 @pytest.mark.parametrize("staggered", [True, False])
@@ -366,7 +367,8 @@ def test_refreshes_come_once_a_period(staggered, compat):
 def test_refresh_rebuilds_what_is_due_and_was_given():
     params = {f"w{i}": randn(8, 8, seed=i) for i in range(3)}
     optimizer = partition(params, [group("all", "", rule=galore(4, 10))], staggered=False)
-    state, grads = optimizer.init(params), {"w0": randn(8, 8, seed=7), "w1": torch.zeros(8, 8), "w2": randn(8, 8)}
+    grads = {"w0": randn(8, 8, seed=7), "w1": torch.zeros(8, 8), "w2": randn(8, 8)}
+    state, _ = refresh(optimizer, params, optimizer.init(params), 0, Key(0))
     before = {n: copied(s) for n, s in state.items()}
     untouched, flags = refresh(optimizer, grads, state, 3, Key(0))
     assert untouched == state and flags == []

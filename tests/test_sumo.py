@@ -70,11 +70,20 @@ class Replay:
     """Algorithm 1 on the rows of one matrix (m, n), Q (m, r); whoever projects columns passes everything transposed."""
 
     def __init__(
-        self, w, *, nesterov="correct", moments="rotate", limiter=None, alpha="match", rho=1.0, perpendicular="raw"
+        self,
+        w,
+        *,
+        nesterov="correct",
+        moments="rotate",
+        limiter=None,
+        alpha="match",
+        rho=1.0,
+        perpendicular="raw",
+        decay="before",
     ):
         self.w, self.q, self.m, self.norm = w, None, 0.0, 0.0
         self.nesterov, self.moments, self.limiter, self.rho = nesterov, moments, limiter, rho
-        self.perpendicular = perpendicular
+        self.perpendicular, self.decay = perpendicular, decay
         self.alpha = np.sqrt(min(w.shape) / RANK) if alpha == "match" else alpha
 
     def step(self, g, q, lr, wd, mu=0.95):
@@ -99,10 +108,11 @@ class Replay:
         outside = g - q @ c
         if self.perpendicular == "normalized":
             outside = outside / np.linalg.norm(outside) * np.linalg.norm(inside)
-        self.w = self.w - lr * self.alpha * (inside + self.rho * outside) - lr * wd * self.w
+        moved = self.w - lr * self.alpha * (inside + self.rho * outside)
+        self.w = moved - lr * wd * (self.w if self.decay == "before" else moved)
 
 
-RELEASE = dict(nesterov="release", moments="keep", limiter=1.1, alpha=4.0)
+RELEASE = dict(nesterov="release", moments="keep", limiter=1.1, alpha=4.0, decay="after")
 REPLAYS: dict[str, tuple] = {
     "recommended": (sumo, {}, {}),
     "paper": (sumo_paper, {}, dict(nesterov="none", limiter=1.1, alpha=1.0)),
