@@ -79,7 +79,7 @@ def _matching(params: Params, match: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"mask pattern {pattern!r} matches no parameter; the names look like {list(params)[:3]}: change it"
             )
-    return sorted(name for name in params if any(re.search(pattern, name) for pattern in match))
+    return [name for name in params if any(re.search(pattern, name) for pattern in match)]
 
 
 class Place(NamedTuple):
@@ -141,7 +141,12 @@ class Traversal(NamedTuple):
         n = len(self.groups.labels)
         if cycle < 0 or self.groups.kind == "coordinates":
             return tuple(range(n))
-        return split(fold(self.key, "mask", self._drawn(cycle)), n, self.masks, self.each, self.groups.sizes)[mask]
+        order, sizes = list(range(n)), self.groups.sizes
+        if self.groups.kind == "tensors":  # drawn by name: whatever order the parameters come in
+            order = sorted(order, key=self.groups.labels.__getitem__)
+            sizes = tuple(sizes[i] for i in order) if sizes else ()
+        drawn = split(fold(self.key, "mask", self._drawn(cycle)), n, self.masks, self.each, sizes)[mask]
+        return tuple(sorted(order[i] for i in drawn))
 
     def active(self, step: int) -> tuple[int, ...]:
         """The groups that train at a step."""
