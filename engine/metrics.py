@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -23,7 +24,12 @@ class Metrics:
         fresh = out / f".{FILE}"
         fresh.write_text("".join(json.dumps(r) + "\n" for r in self.history))
         fresh.replace(out / FILE)  # a kill leaves the old records or the new ones
+        told = any(out.glob("events.out.tfevents*"))
         self.writer = SummaryWriter(out, purge_step=start + 1 if start else None)
+        for record in () if told else self.history:  # another branch took its events along
+            for name, value in record.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, int(record["step"]))
         whole = Column(no_wrap=True)
         columns: list[ProgressColumn] = [
             TextColumn("{task.description}"),
@@ -46,16 +52,26 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        self.writer.close()
+        try:
+            self.writer.close()
+        except OSError as error:
+            self.say(f"warning: the last TensorBoard events are not recorded: {error}")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars of `step` (steps done so far)."""
         record = {"step": step, **scalars}
         self.history.append(record)
-        with (self.out / FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with (self.out / FILE).open("ab") as file:
+            whole = not file.tell() or self._ends_whole()
+            file.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
+
+    def _ends_whole(self) -> bool:
+        """False where a full disk took only the beginning of a line."""
+        with (self.out / FILE).open("rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) == b"\n"
 
     def show(self, step: int, text: str = "") -> None:
         """Move the bar; where there is none, print a line every ten seconds."""
@@ -72,11 +88,12 @@ class Metrics:
 
 
 def read(out: Path) -> list[dict[str, float]]:
-    """The records of a run, oldest first; a last line cut short by a kill is left out."""
+    """The records of a run, oldest first; a line cut short, by a kill or a full disk, is left out."""
     records = []
-    for line in (out / FILE).read_text().splitlines() if (out / FILE).exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    file = out / FILE
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records

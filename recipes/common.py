@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine import checkpoint, output, signals
 from engine.checkpoint import CheckpointError
+from engine.checkpoint.aside import set_aside
 from engine.checkpoint.lock import claim, claim_new
 from engine.compile import can_compile
 from engine.data import Tokens, tokenizer_of
@@ -141,6 +142,11 @@ def _train(config: TrainConfig, console: Console, device: torch.device, out: Pat
         changed = trainer.resume(whole, theirs)
         if theirs:
             console.print(report(trainer.converted))
+        own = saved.parent.resolve() == out.resolve()
+        if line := set_aside(out, trainer.done if own else None):
+            console.print(line)
+    elif config.resume == "never" and (line := set_aside(out, None)):  # one that ended before its first checkpoint
+        console.print(line)
     if tokenizer.files:  # a run can be read wherever it lies
         (out / TOKENIZER).mkdir(exist_ok=True)
         tokenizer.copy_to(out / TOKENIZER)
