@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .schedule import Kind
 from .step import Clip, Mode

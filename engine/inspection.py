@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers import core, linalg, projections
-from optimizers.core import PARKED, Group, Params, Slots, State
+from optimizers import linalg
+from optimizers.apply import add
+from optimizers.contract import PARKED, Group, Params, Slots, State
+from optimizers.linalg import projections
 from optimizers.random import Key
 
 from .checkpoint.tensorfile import CheckpointError
@@ -258,7 +260,7 @@ def measured(
     if (delta := adamw_update(slots, like, who)) is not None:
         measures["update_rms"] = rms(delta)
         if p.dtype == torch.bfloat16 and rounded and (moving := delta != 0).any():
-            measures["update_lost"] = float(((core.add(like, delta) == like) & moving).sum() / moving.sum())
+            measures["update_lost"] = float(((add(like, delta) == like) & moving).sum() / moving.sum())
     return measures, spectra
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optimizers.core import Hyper, Rule, Slots, add
+from optimizers.apply import add
+from optimizers.contract import Hyper, Rule, Slots
 
 Kernel = Callable[[Sequence[Tensor], Sequence[Slots], Sequence[Tensor], Sequence[Hyper], Tensor, Tensor | None], Tensor]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
-from optimizers.core import Group, Rule
+from optimizers.contract import Group, Rule
 
 from .checkpoint.tensorfile import CheckpointError, TensorFile
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optimizers.core import Params
+from optimizers.contract import Params
 
 from .segments import Batch, Chain, accumulate, leaf
 

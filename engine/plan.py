@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizers.core import Optimizer, Params, Rule, Slots, State
+from optimizers.contract import Optimizer, Params, Rule, Slots, State
 from optimizers.random import Key
 
 from .config import RunConfig

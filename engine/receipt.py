@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group as RenderGroup
 from rich.table import Table
 
-from optimizers.core import Optimizer, Params, State, part, total_bytes
+from optimizers.contract import Optimizer, Params, State, part, total_bytes
 
 
 def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:

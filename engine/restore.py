@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optimizers.contract import Optimizer, Params, State
 from optimizers.convert import Row, convert
-from optimizers.core import Optimizer, Params, State
 
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError

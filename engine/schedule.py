@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 Kind = Literal["cosine", "linear", "constant", "wsd"]
 KINDS = ("cosine", "linear", "constant", "wsd")

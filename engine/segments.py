@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optimizers.core import Params, UsageError
+from optimizers.contract import Params, UsageError
 
 from .compile import compiled
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.core import PARKED, Hyper, Optimizer, Params, State, UsageError, part
+from optimizers.contract import PARKED, Hyper, Optimizer, Params, State, UsageError, part
 from optimizers.random import Key, fold, word
 
 from . import passes

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from optimizers.contract import Hyper, Optimizer
 from optimizers.convert import Row
-from optimizers.core import Hyper, Optimizer
 
 from . import checkpoint, inspection, ownership, signals
 from .checkpoint import Checkpoint, WriteError

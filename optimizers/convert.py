@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import PARKED, Hyper, Optimizer, Params, Rule, Slots, State
+from .contract import PARKED, Hyper, Optimizer, Params, Rule, Slots, State
 from .moments import GUESSED, UNKNOWN, Moments, complete
 from .random import Key, fold, normal
 

@@ -50,14 +50,14 @@ def complete(moments: Moments, decay: float = 0.95) -> Moments:
 
 
 def clocked(moments: Moments, betas: tuple[float, float], like: Tensor) -> tuple[dict[str, Tensor], float, float]:
-    """(the slots of `core.clock` after `seen` gradients, 1 - beta1^seen, 1 - beta2^seen)."""
+    """(the slots of `clock` after `seen` gradients, 1 - beta1^seen, 1 - beta2^seen)."""
     c1, c2 = (1 - beta**seen if beta < 1 else 1.0 for beta, seen in zip(betas, moments.seen, strict=True))
     step = torch.tensor(max(moments.seen), dtype=torch.float32, device=like.device)
     return {"step": step, "bias_correction": torch.tensor([c1, c2], dtype=torch.float64, device=like.device)}, c1, c2
 
 
 def unbiased(slots: dict[str, Tensor], first: Tensor | None, second: Tensor | None) -> Moments:
-    """Moments of biased averages that `core.clock` counts."""
+    """Moments of biased averages that `clock` counts."""
     step, (c1, c2) = slots["step"].item(), slots["bias_correction"].tolist()
     if not step:
         return UNKNOWN

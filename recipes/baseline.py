@@ -10,13 +10,13 @@ from typing import Literal
 
 import tyro
 
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Params, UsageError
-from optimizers.galore import galore
-from optimizers.muon import muon
-from optimizers.omgd import omgd
-from optimizers.sgd import sgd
-from optimizers.traversal import duration, layers, traversal
+from optimizers.contract import Group, Optimizer, Params, UsageError
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.traversal import duration, layers, traversal
 
 from .common import main, train
 from .config import MATRICES, Setup, TrainConfig, groups_for

@@ -36,7 +36,7 @@ from engine.tasks.language import LanguageTask
 from engine.trainer import Interrupted, NonFiniteError, Trainer
 from models.llama import PRESETS, Llama
 from models.sampling import generate
-from optimizers.core import UsageError, total_bytes
+from optimizers.contract import UsageError, total_bytes
 from optimizers.random import fold
 from tools.generate import TOKENIZER
 from tools.inspect import inspect_fresh, write

@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 
 from engine.checkpoint.lock import claim
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from optimizers.random import fold
 from tools.plot import loss_curve
 

@@ -13,9 +13,10 @@ import typeguard
 from engine.checkpoint import Checkpoint, CheckpointError
 from engine.config import PLACED, RunConfig
 from models.llama import PRESETS, Llama, LlamaConfig
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Params, Rule, UsageError, partition
+from optimizers.contract import Group, Optimizer, Params, Rule, UsageError
+from optimizers.partition import partition
 from optimizers.random import Key
+from optimizers.rules.adamw import adamw
 
 MATRICES = r"layers\.\d+\..*_proj\.weight$"  # attention and MLP; embedding, norms and head go to AdamW
 

@@ -19,13 +19,23 @@ from rich.console import Console
 from rich.table import Table
 
 from models.llama import PRESETS, Llama
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Params, State, UsageError, partition, state_bytes
-from optimizers.galore import galore
-from optimizers.omgd import omgd
+from optimizers.contract import Group, Optimizer, Params, State, UsageError, state_bytes
+from optimizers.partition import partition
 from optimizers.random import Key
-from optimizers.sumo import sumo
-from optimizers.traversal import Traversal, coordinates, describe, duration, gives_up, layers, tensors, traversal
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.sumo import sumo
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.traversal import (
+    Traversal,
+    coordinates,
+    describe,
+    duration,
+    gives_up,
+    layers,
+    tensors,
+    traversal,
+)
 
 from . import baseline, snsm
 from .common import main, train

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from optimizers.random import fold
-from optimizers.traversal import Traversal, coordinates, traversal
+from optimizers.wrappers.traversal import Traversal, coordinates, traversal
 from tools.plot import COLOURS, FAINT, INK
 
 

@@ -19,14 +19,14 @@ from typing import Literal
 import tyro
 
 from models.layers import attach
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Params, Rule
-from optimizers.galore import galore
-from optimizers.muon import muon
-from optimizers.rso import SHARED, rso
-from optimizers.sgd import sgd
-from optimizers.snsm import snsm
-from optimizers.sumo import sumo
+from optimizers.contract import Group, Optimizer, Params, Rule
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import snsm
+from optimizers.rules.sumo import sumo
+from optimizers.wrappers.rso import SHARED, rso
 
 from .common import main, train
 from .config import MATRICES, Setup, TrainConfig, rest_for

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from optimizers.core import Group, Hyper, Params, UsageError, partition, refresh
-from optimizers.galore import galore
+from optimizers.apply import refresh
+from optimizers.contract import Group, Hyper, Params, UsageError
 from optimizers.linalg import lift, project, svd_basis
+from optimizers.partition import partition
 from optimizers.random import fold, normal, signs
-from optimizers.rso import draw, rso
-from optimizers.sgd import sgd
+from optimizers.rules.galore import galore
+from optimizers.rules.sgd import sgd
+from optimizers.wrappers.rso import draw, rso
 from tools.plot import COLOURS, FAINT, INK, spread
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 
 import tyro
 
-from optimizers import snsm
-from optimizers.adamw import adamw
-from optimizers.core import Group, Params, Rule, UsageError
+from optimizers.contract import Group, Params, Rule, UsageError
+from optimizers.rules import snsm
+from optimizers.rules.adamw import adamw
 
 from .common import main, train
 from .config import MATRICES, TrainConfig

@@ -18,8 +18,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from optimizers import sumo
-from optimizers.core import Group, Params, Rule, UsageError
+from optimizers.contract import Group, Params, Rule, UsageError
+from optimizers.rules import sumo
 
 from . import sumo_condition as condition
 from .common import main, train

@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from engine import checkpoint
-from optimizers.core import Hyper, Rule, Slots, State
+from optimizers.contract import Hyper, Rule, Slots, State
 from optimizers.linalg import project
-from optimizers.muon import newton_schulz
+from optimizers.rules.muon import newton_schulz
 from tools.plot import COLOURS, FAINT, INK
 
 

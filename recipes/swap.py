@@ -17,8 +17,8 @@ from rich.table import Table
 from engine.checkpoint import Checkpoint
 from engine.config import flags
 from models.llama import Llama
+from optimizers.contract import Optimizer, UsageError
 from optimizers.convert import Row
-from optimizers.core import Optimizer, UsageError
 from optimizers.random import fold
 
 from .config import Setup, TrainConfig, trained_by, unknown

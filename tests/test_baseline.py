@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.llama import Llama, LlamaConfig
-from optimizers.core import UsageError, partition
+from optimizers.contract import UsageError
+from optimizers.partition import partition
 from recipes.baseline import Baseline, groups
 
 PARAMS = dict(Llama(LlamaConfig(32, 16, 16, 2, 2, max_position_embeddings=8)).named_parameters())

@@ -12,18 +12,20 @@ from torch import Tensor
 from engine.segments import cut
 from engine.step import Step
 from optimizers import linalg
-from optimizers.core import Group, Optimizer, Params, Rule, Slots, add, partition, refresh
-from optimizers.galore import galore
+from optimizers.apply import add, refresh
+from optimizers.contract import Group, Optimizer, Params, Rule, Slots
+from optimizers.linalg.polar import METHODS, newton_schulz, polar
 from optimizers.moments import factored
-from optimizers.muon import muon
-from optimizers.omgd import omgd
-from optimizers.polar import METHODS, newton_schulz, polar
+from optimizers.partition import partition
 from optimizers.random import Key, fold, word
-from optimizers.rso import draw, subspace
-from optimizers.sgd import sgd
-from optimizers.snsm import snsm
-from optimizers.sumo import sumo, sumo_paper, sumo_release
-from optimizers.traversal import coordinates, layers, tensors, traversal
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import snsm
+from optimizers.rules.sumo import sumo, sumo_paper, sumo_release
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.rso import draw, subspace
+from optimizers.wrappers.traversal import coordinates, layers, tensors, traversal
 
 GAP = 5
 Make = Callable[[int], Rule]

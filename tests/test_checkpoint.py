@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, latest, load, prune, restore_into, save, tensorfile
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "trainer.json")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

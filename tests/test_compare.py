@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from recipes.compare import Row, parse, steps_to, table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.runs import TINY, corpus, here
 
-from optimizers.muon import newton_schulz
 from optimizers.random import normal
+from optimizers.rules.muon import newton_schulz
 from recipes.sumo_condition import measure, summary
 
 

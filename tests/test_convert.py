@@ -6,14 +6,16 @@ from itertools import product
 import pytest
 import torch
 
-from optimizers.adamw import adamw
+from optimizers.apply import refresh
+from optimizers.contract import Group, Optimizer, Params, Rule, State
 from optimizers.convert import Row, convert
-from optimizers.core import Group, Optimizer, Params, Rule, State, partition, refresh
-from optimizers.galore import galore
 from optimizers.moments import complete
+from optimizers.partition import partition
 from optimizers.random import fold, normal
-from optimizers.sgd import sgd
-from optimizers.snsm import adagrad_sn, adam_sn, rmsprop_sn, snsm
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import adagrad_sn, adam_sn, rmsprop_sn, snsm
 
 RULES: dict[str, Rule] = {
     "adamw": adamw(),

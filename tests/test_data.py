@@ -18,7 +18,7 @@ from helpers.texts import prepared
 from engine.data import IGNORED, Batches, Tokens, read_index, tokenizer_of
 from engine.data.order import order, spaced
 from engine.data.text import documents, standard_library
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,

@@ -16,7 +16,7 @@ from engine.data import read_index
 from engine.data.files import find
 from engine.data.prepare import Request, cached, prepare
 from engine.data.text import Passed, documents
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from tools.prepare import main
 
 zstandard = pytest.importorskip("zstandard")

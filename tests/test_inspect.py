@@ -17,12 +17,13 @@ from engine.checkpoint import CheckpointError
 from engine.checkpoint.tensorfile import TensorFile
 from engine.inspection import MEASURES, compared, look, overlap, spectrum
 from engine.ownership import Who, options
-from optimizers import linalg, projections
-from optimizers.adamw import adamw
-from optimizers.core import PARKED, Group
-from optimizers.galore import galore
+from optimizers import linalg
+from optimizers.contract import PARKED, Group
+from optimizers.linalg import projections
 from optimizers.random import Key, normal
-from optimizers.snsm import snsm
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.snsm import snsm
 from tools import inspect as tool
 from tools.inspect_report import plain, write_rich
 

@@ -16,13 +16,13 @@ from helpers.runs import ONE_THREAD, ROOT, TINY, corpus, finish, here, newest, r
 from engine.checkpoint import lock
 from engine.checkpoint.lock import FILE, InUse, claim
 from engine.checkpoint.process import Process, this
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD}
 TAKE = """
     import sys, time
     from pathlib import Path
-    from optimizers.core import UsageError
+    from optimizers.contract import UsageError
     from engine.checkpoint import lock
     {before}
     print("ready", flush=True)

@@ -25,15 +25,16 @@ from engine.memory import counted_peak
 from engine.segments import cut
 from engine.step import Step
 from models.llama import Llama
-from optimizers.adamw import adamw
-from optimizers.core import PARKED, Group, Optimizer, Rule, UsageError, partition, state_bytes
-from optimizers.galore import galore
-from optimizers.muon import muon
-from optimizers.omgd import omgd
+from optimizers.contract import PARKED, Group, Optimizer, Rule, UsageError, state_bytes
+from optimizers.partition import partition
 from optimizers.random import Key
-from optimizers.sgd import sgd
-from optimizers.snsm import snsm
-from optimizers.traversal import (
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import snsm
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.traversal import (
     Groups,
     Traversal,
     coordinates,
@@ -534,7 +535,7 @@ def test_bases_are_never_empty_while_they_are_used():
 @pytest.mark.run
 def test_two_processes_choose_the_same_masks():
     code = (
-        "from optimizers.traversal import *; from optimizers.random import Key; import torch, json;"
+        "from optimizers.wrappers.traversal import *; from optimizers.random import Key; import torch, json;"
         "p = {f'layers.{i}.w': torch.zeros(i + 3, 4) for i in range(11)};"
         "a = traversal(layers(p), Key(5), active=4, period=3);"
         "b = traversal(tensors(p, balance='numel'), Key(5), keep=0.3, period=2, replacement=True);"

@@ -20,17 +20,18 @@ from engine.segments import cut
 from engine.step import Step
 from models.layers import attach
 from models.llama import PRESETS, Llama, LlamaConfig
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Rule, partition, state_bytes
-from optimizers.galore import galore
-from optimizers.muon import muon
-from optimizers.omgd import omgd
+from optimizers.contract import Group, Optimizer, Rule, state_bytes
+from optimizers.partition import partition
 from optimizers.random import Key
-from optimizers.rso import rso
-from optimizers.sgd import sgd
-from optimizers.snsm import snsm
-from optimizers.sumo import sumo
-from optimizers.traversal import layers, traversal
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import snsm
+from optimizers.rules.sumo import sumo
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.rso import rso
+from optimizers.wrappers.traversal import layers, traversal
 from tools.plan import changed, halves, main, positive, proposal, size
 
 ROOT = Path(__file__).resolve().parent.parent

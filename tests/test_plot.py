@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from tools.plot import average, limits, loss_curve, main, read_metrics, spread
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from engine.compile import compiled
-from optimizers import polar as module
-from optimizers.core import UsageError
-from optimizers.polar import EXPRESS, METHODS, newton_schulz, polar
+from optimizers.contract import UsageError
+from optimizers.linalg import polar as module
+from optimizers.linalg.polar import EXPRESS, METHODS, newton_schulz, polar
 
 EXACT = [method for method in METHODS if method != "newton_schulz"]
 GRID = [(r, n) for r in (4, 32, 128, 256) for n in (768, 4096)]

@@ -20,7 +20,7 @@ from engine.data import prepare as preparing
 from engine.data.prepare import Request, cached, prepare
 from engine.data.split import digest, hold_out
 from engine.data.tokenizer import train_bpe
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from tools.prepare import main
 
 ROOT = Path(__file__).parents[1]

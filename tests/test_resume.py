@@ -17,7 +17,7 @@ from engine import checkpoint
 from engine.checkpoint import CheckpointError, WriteError, store
 from engine.checkpoint.saver import Saver
 from engine.metrics import Metrics
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 STEPS = 10
 SHORT = f"{TINY} --steps {STEPS} --eval-every 4 --save-every 1 --keep-every 1"

@@ -13,15 +13,16 @@ from engine.segments import cut, leaf
 from engine.step import Step
 from models.layers import Linear, attach, detach, merged, products
 from models.llama import PRESETS, Llama, LlamaConfig
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Rule, State, UsageError, partition
-from optimizers.galore import galore
-from optimizers.muon import muon
+from optimizers.contract import Group, Optimizer, Rule, State, UsageError
+from optimizers.partition import partition
 from optimizers.random import Key, fold
-from optimizers.rso import SHARED, draw, merge, rso
-from optimizers.sgd import sgd
-from optimizers.snsm import snsm
-from optimizers.sumo import sumo
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import snsm
+from optimizers.rules.sumo import sumo
+from optimizers.wrappers.rso import SHARED, draw, merge, rso
 from recipes.rso import PRESETS as RECIPES
 from recipes.rso import Rso, groups
 from recipes.rso_toy import Counterexample, Toy, least_squares, picture, toy

@@ -14,14 +14,16 @@ from torch._dynamo.utils import counters
 from engine.compile import compiled
 from engine.kernel import make_kernel
 from optimizers import linalg
-from optimizers.adamw import adamw
-from optimizers.core import Group, Rule, Slots, UsageError, add, partition, refresh, route, stagger, state_bytes
-from optimizers.galore import galore
-from optimizers.muon import muon
+from optimizers.apply import add, refresh
+from optimizers.contract import Group, Rule, Slots, UsageError, state_bytes
+from optimizers.partition import partition, route, stagger
 from optimizers.random import Key, fold, normal, permutation, signs
-from optimizers.sgd import sgd
-from optimizers.snsm import adagrad_sn, adagrad_snsm, adam_sm, adam_sn, adam_snsm, rmsprop_sn, sgd_sm, snsm
-from optimizers.sumo import sumo, sumo_paper, sumo_release
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import adagrad_sn, adagrad_snsm, adam_sm, adam_sn, adam_snsm, rmsprop_sn, sgd_sm, snsm
+from optimizers.rules.sumo import sumo, sumo_paper, sumo_release
 
 RANK, GAP = 4, 3
 SUBSPACE = (RANK, GAP)

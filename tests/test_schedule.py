@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.schedule import Schedule, factor
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 KINDS = ("cosine", "linear", "constant")
 

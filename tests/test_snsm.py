@@ -14,10 +14,14 @@ from torch import Tensor
 from engine.compile import compiled
 from engine.kernel import make_kernel
 from engine.memory import counted_peak
-from optimizers import linalg, projections
-from optimizers.core import Group, Rule, Slots, UsageError, add, clock, partition, refresh, state_bytes
+from optimizers import linalg
+from optimizers.apply import add, refresh
+from optimizers.clock import clock
+from optimizers.contract import Group, Rule, Slots, UsageError, state_bytes
+from optimizers.linalg import projections
+from optimizers.partition import partition
 from optimizers.random import Key
-from optimizers.snsm import (
+from optimizers.rules.snsm import (
     adagrad_sn,
     adagrad_snsm,
     adam_sm,
@@ -593,7 +597,7 @@ def inventory(model: str) -> tuple[list[tuple[int, int]], int]:
 
 
 def held(rule: Rule, model: str) -> int:
-    """State bytes of the Linear weights under `rule`, without the scalars of `core.clock`."""
+    """State bytes of the Linear weights under `rule`, without the scalars of `clock`."""
     total = 0
     for shape in inventory(model)[0]:
         p = torch.empty(shape, device="meta", dtype=torch.bfloat16)

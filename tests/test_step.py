@@ -18,11 +18,12 @@ from engine.segments import cut
 from engine.step import Step
 from models.llama import Llama, LlamaConfig
 from models.segment import Segment
-from optimizers.adamw import adamw
-from optimizers.core import Group, UsageError, partition
-from optimizers.galore import galore
+from optimizers.contract import Group, UsageError
+from optimizers.partition import partition
 from optimizers.random import Key
-from optimizers.sgd import sgd
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.sgd import sgd
 
 STEPS, DECAY = 10, 0.1
 CLIP = 0.3

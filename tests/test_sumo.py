@@ -13,10 +13,12 @@ from engine.kernel import make_kernel
 from engine.memory import counted_peak
 from models.llama import PRESETS, Llama
 from optimizers import linalg
-from optimizers.core import Group, Rule, Slots, UsageError, add, partition, refresh, state_bytes
-from optimizers.polar import newton_schulz, polar
+from optimizers.apply import add, refresh
+from optimizers.contract import Group, Rule, Slots, UsageError, state_bytes
+from optimizers.linalg.polar import newton_schulz, polar
+from optimizers.partition import partition
 from optimizers.random import Key, normal
-from optimizers.sumo import sumo, sumo_paper, sumo_release
+from optimizers.rules.sumo import sumo, sumo_paper, sumo_release
 
 RANK, GAP = 3, 7
 SHAPES = [(12, 8), (8, 12), (9, 9)]

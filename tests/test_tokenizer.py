@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models
 
 from engine.data.tokenizer import load_tokenizer, train_bpe
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 SAMPLES = [
     "",

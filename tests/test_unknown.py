@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from engine.data import Tokens, read_index
 from engine.data.prepare import Request, cached, prepare
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from tools.prepare import main
 
 ENGLISH = ["the cat sat on the mat", "a dog and a cat", "Äpfel und Birnen", "the dog sat"]

@@ -34,19 +34,20 @@ from engine.segments import cut
 from engine.step import Step
 from models.layers import attach
 from models.llama import PRESETS, Llama, LlamaConfig
-from optimizers.adamw import adamw
-from optimizers.core import Group, Optimizer, Rule, partition, state_bytes
-from optimizers.galore import galore
+from optimizers.contract import Group, Optimizer, Rule, state_bytes
 from optimizers.linalg import project, range_basis, svd_basis
-from optimizers.muon import muon
-from optimizers.omgd import omgd
-from optimizers.polar import METHODS, by_svd, polar
+from optimizers.linalg.polar import METHODS, by_svd, polar
+from optimizers.partition import partition
 from optimizers.random import fold
-from optimizers.rso import rso
-from optimizers.sgd import sgd
-from optimizers.snsm import adam_sn, adam_snsm, rmsprop_sn, snsm
-from optimizers.sumo import sumo
-from optimizers.traversal import layers, traversal
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+from optimizers.rules.snsm import adam_sn, adam_snsm, rmsprop_sn, snsm
+from optimizers.rules.sumo import sumo
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.rso import rso
+from optimizers.wrappers.traversal import layers, traversal
 
 Sides = dict[str, Callable[[], object]]
 LINEAR = ", Linear weights only"

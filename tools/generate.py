@@ -21,7 +21,7 @@ from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, CheckpointError
 from engine.data.tokenizer import load_tokenizer
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
-from optimizers.rso import merge
+from optimizers.wrappers.rso import merge
 
 TOKENIZER = "tokenizer"  # folder in a run that holds the vocabulary files, where there are any
 

@@ -40,8 +40,8 @@ from engine import checkpoint
 from engine.checkpoint import CheckpointError, Reader
 from engine.inspection import Look, compared, look
 from engine.ownership import Who, described, read_rules
-from optimizers.core import PARKED, Optimizer, Params, Slots, UsageError
-from optimizers.traversal import describe
+from optimizers.contract import PARKED, Optimizer, Params, Slots, UsageError
+from optimizers.wrappers.traversal import describe
 
 from .inspect_page import draw
 from .inspect_report import Report, plain, totals, write_plain, write_rich

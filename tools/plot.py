@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 Curve = tuple[list[int], list[float]]  # steps, values
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from engine.data import read_index
 from engine.data.prepare import Request, prepare
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import tyro
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.config import flags
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 
 @dataclass(frozen=True)

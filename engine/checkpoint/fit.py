@@ -2,7 +2,7 @@
 
 import torch
 
-from optimizers.core import Params
+from optimizers.contract import Params
 
 from .tensorfile import CheckpointError, ties
 

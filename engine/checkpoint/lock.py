@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .process import Process, booted, this
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optimizers.core import Params, Slots, State
+from optimizers.contract import Params, Slots, State
 
 from .form import CONFIG, DATA, MODEL, OPTIMIZER, RESERVED, STEP, TRAINER, digest, read_json, seal, steps
 from .tensorfile import HEAD, SCHEMA, CheckpointError, TensorFile

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizers.core import Params, State
+from optimizers.contract import Params, State
 
 from . import store
 from .tensorfile import WriteError, storable

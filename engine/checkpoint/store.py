@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizers.core import Params, State, UsageError
+from optimizers.contract import Params, State, UsageError
 
 from . import tensorfile
 from .form import CONFIG, DATA, MODEL, OPTIMIZER, RESERVED, STEP, TRAINER, digest, read_json, seal, steps, write_json

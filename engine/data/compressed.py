@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
 DAMAGE = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # what reading a damaged stream raises

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from . import compressed
 

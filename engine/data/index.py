@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .tokenizer import Tokenizer, load_tokenizer
 

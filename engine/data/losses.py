@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .text import Passed
 from .unknown import Packed

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from ..durable import alone, sha256, write_whole
 from .files import find

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .compressed import open_bytes
 from .files import COLUMNS, WHOLE, kind, pyarrow

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 Table = list[dict[str, Any]]  # files and the tokens in each, as the index of a prepared folder lists them
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 Side = Literal["train", "validation"]
 SIDES: tuple[Side, ...] = ("train", "validation")

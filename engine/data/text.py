@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .compressed import DAMAGE
 from .files import kind

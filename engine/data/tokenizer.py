@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .ending import END_OF_TEXT, TOKENIZER_CONFIG, Vocabulary, end_of, read_beside
 from .unknown import Pack, Packed, packing, sentencepiece_packing

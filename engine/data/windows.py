@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from .index import read_index
 from .order import Epochs, Ints, spaced

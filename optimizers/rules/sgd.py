@@ -9,9 +9,9 @@ as in every other rule, so that a decay means the same under all of them.
 import torch
 from torch import Tensor
 
-from .core import Hyper, Rule, Slots, UsageError
-from .moments import UNKNOWN, Moments
-from .random import Key
+from ..contract import Hyper, Rule, Slots, UsageError
+from ..moments import UNKNOWN, Moments
+from ..random import Key
 
 
 def sgd(momentum: float = 0.9, nesterov: bool = False) -> Rule:

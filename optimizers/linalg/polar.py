@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .core import UsageError
-from .linalg import gram, tall, unit
+from ..contract import UsageError
+from .bases import gram, tall, unit
 
 LIMIT = 1e-8  # least eigenvalue of a Gram matrix over its largest for which float64 keeps eight digits of the former
 LIFT = 1e-8

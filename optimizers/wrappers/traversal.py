@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .core import Params, UsageError
-from .random import Key, fold, permutation
+from ..contract import Params, UsageError
+from ..random import Key, fold, permutation
 
 Kind = Literal["layers", "tensors", "coordinates"]
 Order = Literal["epochwise", "joint"]

@@ -29,9 +29,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .core import Hyper, Optimizer, Params, Rule, Slots, State, UsageError, add, blank, updating
-from .moments import Moments
-from .random import Key, fold, normal, permutation, word
+from ..apply import add, updating
+from ..contract import Hyper, Optimizer, Params, Rule, Slots, State, UsageError
+from ..moments import Moments
+from ..partition import blank
+from ..random import Key, fold, normal, permutation, word
 
 OWN = ("P", "B", "age")  # slots that are not the inner rule's
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
@@ -141,7 +143,7 @@ def rso(
     prox: float = 0.0,
     warmup: int = 0,
 ) -> Optimizer:
-    """`base`, from `core.partition`, with the weights `names` ("….weight") moved in subspaces by the rules they have.
+    """`base`, from `partition`, with the weights `names` ("….weight") moved in subspaces by the rules they have.
 
     The model must have slots of the same names, rank and form (`models.layers.attach`): it sees ….P and ….weight
     frozen and ….B trainable, whose gradient moves the weight. P is drawn anew from (`key`, name, step) every `period`
@@ -166,7 +168,7 @@ def rso(
             f"rso: period must be at least 1, prox and warmup at least 0, got {period}, {prox} and {warmup}"
         )
     if base.turns is not Optimizer._field_defaults["turns"]:
-        raise UsageError("rso: base changes between steps by itself, expected one from core.partition; wrap its rules")
+        raise UsageError("rso: base changes between steps by itself, expected one from partition; wrap its rules")
     rules: dict[tuple[Rule, bool], Rule] = {}  # one object a rule: by them kernels are compiled
     owner, place = dict(base.owner), dict[str, str]()
     inputs: dict[str, int] = {}

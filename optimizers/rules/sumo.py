@@ -37,11 +37,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from . import linalg
-from .core import Hyper, Rule, Slots, UsageError
-from .moments import Moments
-from .polar import METHODS, newton_schulz, polar
-from .random import Key, normal
+from .. import linalg
+from ..contract import Hyper, Rule, Slots, UsageError
+from ..linalg.polar import METHODS, newton_schulz, polar
+from ..moments import Moments
+from ..random import Key, normal
 
 MATRIX = (-2, -1)
 

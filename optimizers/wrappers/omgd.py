@@ -21,9 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .core import PARKED, Group, Hyper, Optimizer, Params, Rule, Slots, State, UsageError, blank, updating
-from .moments import Moments
-from .random import Key
+from ..apply import updating
+from ..contract import PARKED, Group, Hyper, Optimizer, Params, Rule, Slots, State, UsageError
+from ..moments import Moments
+from ..partition import blank
+from ..random import Key
 from .traversal import Traversal, write
 
 Policy = Literal["drop", "keep", "offload"]
@@ -44,9 +46,7 @@ def omgd(
     Raises UsageError for what cannot be combined, and names the tensor that a rule cannot serve.
     """
     if base.turn is not Optimizer._field_defaults["turn"]:
-        raise UsageError(
-            "omgd: the optimizer to mask changes between steps itself; expected plain rules (core.partition)"
-        )
+        raise UsageError("omgd: the optimizer to mask changes between steps itself; expected plain rules (partition)")
     if masks.order == "joint" and state_policy != "keep":
         raise UsageError(
             f"omgd: order 'joint' changes the mask every step; got state_policy {state_policy!r}, expected 'keep'"

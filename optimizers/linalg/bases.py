@@ -13,8 +13,8 @@ from math import isqrt, pi, sqrt
 import torch
 from torch import Tensor
 
-from .core import UsageError
-from .random import Key, normal
+from ..contract import UsageError
+from ..random import Key, normal
 
 
 def tall(x: Tensor) -> bool:

@@ -25,10 +25,12 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from . import linalg, projections
-from .core import Hyper, Rule, Slots, UsageError, clock, tick
-from .moments import Moments, clocked, unbiased
-from .random import Key
+from .. import linalg
+from ..clock import clock, tick
+from ..contract import Hyper, Rule, Slots, UsageError
+from ..linalg import projections
+from ..moments import Moments, clocked, unbiased
+from ..random import Key
 
 
 def grouped(x: Tensor, subset: int | str) -> Tensor:
@@ -74,7 +76,7 @@ def snsm(
                the shorter side; "topk" (by norm) and "uniform" pick whole slices along the longer one
     moments    what a refresh does to m: "reset", "keep" (its coordinates, now of another basis), "rotate"
 
-    Slots: `exp_avg` (of the shape of P G), `exp_avg_sq`, those of `projections` and of `core.clock`. Raises UsageError
+    Slots: `exp_avg` (of the shape of P G), `exp_avg_sq`, those of `projections` and of `clock`. Raises UsageError
     for unknown options, and in `init` for a subspace of a 1-D tensor or of a rank above its shorter side.
     """
     b1, b2 = betas

@@ -9,13 +9,14 @@ Equal to torch.optim.AdamW up to rounding. t counts a tensor's own active steps.
 import torch
 from torch import Tensor
 
-from .core import Hyper, Rule, Slots, clock, tick
-from .moments import Moments, clocked, unbiased
-from .random import Key
+from ..clock import clock, tick
+from ..contract import Hyper, Rule, Slots
+from ..moments import Moments, clocked, unbiased
+from ..random import Key
 
 
 def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Rule:
-    """Slots: `exp_avg`, `exp_avg_sq` (p's shape, float32) and the scalars of `core.clock`."""
+    """Slots: `exp_avg`, `exp_avg_sq` (p's shape, float32) and the scalars of `clock`."""
     b1, b2 = betas
 
     def init(p: Tensor) -> Slots:

@@ -13,11 +13,11 @@ Where this differs. `orthogonalize="exact"` takes U V^T itself, at the cost of a
 import torch
 from torch import Tensor
 
-from .core import Hyper, Rule, Slots, UsageError
-from .moments import Moments
-from .polar import newton_schulz as newton_schulz
-from .polar import polar
-from .random import Key
+from ..contract import Hyper, Rule, Slots, UsageError
+from ..linalg.polar import newton_schulz as newton_schulz
+from ..linalg.polar import polar
+from ..moments import Moments
+from ..random import Key
 
 
 def muon(

@@ -13,17 +13,18 @@ coordinates (also the default here, so that results compare); "reset" starts the
 correction counts; "rotate" carries M over with R = Q_new^T Q_old and V with R squared entry by entry, its expectation
 for independent coordinates (ours). The basis comes from a randomized range finder unless `basis="svd"`. A gradient that
 is not finite, or all zero, keeps the old basis; where there is none yet, the first that says something gives it.
-Refreshes are staggered over tensors by `core.partition` unless told otherwise.
+Refreshes are staggered over tensors by `partition` unless told otherwise.
 """
 
 import torch
 from torch import Tensor
 
-from . import linalg
-from .core import Hyper, Rule, Slots, UsageError, clock, tick
-from .linalg import lift, project
-from .moments import Moments, clocked, factored, unbiased
-from .random import Key
+from .. import linalg
+from ..clock import clock, tick
+from ..contract import Hyper, Rule, Slots, UsageError
+from ..linalg import lift, project
+from ..moments import Moments, clocked, factored, unbiased
+from ..random import Key
 
 
 def galore(
@@ -35,7 +36,7 @@ def galore(
     moments: str = "keep",
     basis: str = "range",
 ) -> Rule:
-    """Slots: `basis` (short, r), `exp_avg` and `exp_avg_sq` (m, r) or (r, n), float32, and the scalars of `core.clock`.
+    """Slots: `basis` (short, r), `exp_avg` and `exp_avg_sq` (m, r) or (r, n), float32, and the scalars of `clock`.
 
     Raises UsageError for a rank above the shorter side, for 1-D tensors and for unknown options.
     """

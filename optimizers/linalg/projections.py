@@ -16,9 +16,9 @@ Before the first one is drawn a basis is zero, and an index negative (counted fr
 import torch
 from torch import Tensor
 
-from . import linalg
-from .core import Slots
-from .random import Key, fold, permutation, signs
+from ..contract import Slots
+from ..random import Key, fold, permutation, signs
+from . import bases as linalg
 
 KINDS = ("auto", "svd", "range", "random", "srht", "topk", "uniform")
 

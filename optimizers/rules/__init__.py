@@ -1,0 +1,1 @@
+"""How one tensor moves: a paper or a baseline a file."""

@@ -1,0 +1,1 @@
+"""Optimizers over optimizers: what trains when, and in which coordinates."""
