@@ -10,6 +10,7 @@ from typing import Literal
 
 import tyro
 
+from engine.command import typed
 from optimizers.contract import Group, Optimizer, Params, UsageError
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
@@ -104,6 +105,6 @@ def every_group(config: Baseline) -> list[Group]:
 
 if __name__ == "__main__":
     main(
-        lambda: tyro.cli(Baseline, description=__doc__),
+        lambda: tyro.cli(Baseline, prog=typed(), description=__doc__),
         train,
     )

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from engine import checkpoint, output, signals
 from engine.checkpoint import CheckpointError
 from engine.checkpoint.aside import set_aside
 from engine.checkpoint.lock import claim, claim_new
+from engine.command import pasted, program
 from engine.compile import can_compile
 from engine.data import Tokens, tokenizer_of
 from engine.data.prepare import Request, cached
@@ -309,15 +309,9 @@ def _finish(
         f"checkpoint   {checkpoint.latest(out).path or config.resume}\n"
         f"loss curve   {out / 'loss.png'}\n"
         f"numbers      {out / 'metrics.jsonl'}, {out / 'result.json'}\n"
-        f"look at it   {command('tensorboard')} --logdir {out}\n"
-        f"more text    {command('python')} -m tools.generate {out} --prompt {shlex.quote(config.prompt)}"
+        f"look at it   {pasted(program('tensorboard'), '--logdir', out)}\n"
+        f"more text    {pasted(program('python'), '-m', 'tools.generate', out, f'--prompt={config.prompt}')}"
     )
-
-
-def command(name: str) -> str:
-    """What to type for a program of this environment: its path where the environment lies below this folder."""
-    folder, here = Path(sys.prefix), Path.cwd()
-    return str(folder.relative_to(here) / "bin" / name) if folder.is_relative_to(here) else name
 
 
 def main(parse: Callable[[], Config], run: Callable[[Config], object]) -> None:

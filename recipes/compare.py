@@ -27,6 +27,7 @@ import tyro
 from rich.console import Console
 
 from engine.checkpoint.lock import claim
+from engine.command import typed
 from optimizers.contract import UsageError
 from optimizers.random import fold
 from tools.plot import loss_curve
@@ -192,7 +193,7 @@ def average(cells: Sequence[Cell]) -> tuple[list[int], list[float]]:
 if __name__ == "__main__":
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
-        config = tyro.cli(Compare, args=sys.argv[1:end], description=__doc__)
+        config = tyro.cli(Compare, prog=typed(), args=sys.argv[1:end], description=__doc__)
         compare(config, sys.argv[end + 1 :], Console(soft_wrap=True))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

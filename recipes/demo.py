@@ -12,11 +12,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from engine.command import pasted, program, typed
 from engine.metrics import read
 from tools.plot import loss_curve
 
 from . import baseline, snsm, sumo
-from .common import command, main, train
+from .common import main, train
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def demo(config: Demo) -> None:
     picture = loss_curve(out / "loss.png", curves, "SUMO, SNSM and AdamW on the standard library", held_out=points)
     console.rule("the three")
     console.print(table)
-    console.print(f"curves       {picture}\nlook at it   {command('tensorboard')} --logdir {out}", highlight=False)
+    console.print(
+        f"curves       {picture}\nlook at it   {pasted(program('tensorboard'), '--logdir', out)}", highlight=False
+    )
 
 
 if __name__ == "__main__":
-    main(lambda: tyro.cli(Demo, description=__doc__), demo)
+    main(lambda: tyro.cli(Demo, prog=typed(), description=__doc__), demo)

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from engine.command import typed
 from models.llama import PRESETS, Llama
 from optimizers.contract import Group, Optimizer, Params, State, UsageError, state_bytes
 from optimizers.partition import partition
@@ -265,4 +266,4 @@ def run(config: Toy | Pretrain | Memory) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: tyro.cli(Command, description=__doc__), run)
+    main(lambda: tyro.cli(Command, prog=typed(), description=__doc__), run)

@@ -18,6 +18,7 @@ from typing import Literal
 
 import tyro
 
+from engine.command import typed
 from models.layers import attach
 from optimizers.contract import Group, Optimizer, Params, Rule
 from optimizers.rules.adamw import adamw
@@ -155,4 +156,4 @@ def run(config: Rso | Toy) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: tyro.extras.overridable_config_cli(PRESETS, description=__doc__), run)
+    main(lambda: tyro.extras.overridable_config_cli(PRESETS, prog=typed(), description=__doc__), run)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import tyro
 
+from engine.command import typed
 from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import snsm
 from optimizers.rules.adamw import adamw
@@ -119,6 +120,6 @@ PRESETS = {
 
 if __name__ == "__main__":
     main(
-        lambda: tyro.extras.overridable_config_cli(PRESETS, description=__doc__),
+        lambda: tyro.extras.overridable_config_cli(PRESETS, prog=typed(), description=__doc__),
         train,
     )

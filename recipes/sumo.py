@@ -18,6 +18,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from engine.command import typed
 from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import sumo
 
@@ -141,4 +142,4 @@ PRESETS = {
 
 
 if __name__ == "__main__":
-    main(lambda: tyro.extras.overridable_config_cli(PRESETS, description=__doc__), run)
+    main(lambda: tyro.extras.overridable_config_cli(PRESETS, prog=typed(), description=__doc__), run)

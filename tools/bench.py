@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from engine.command import typed
 from engine.compile import compiled
 from engine.data import Batches, Tokens
 from engine.data.prepare import Request, cached
@@ -467,4 +468,4 @@ def main(config: AnyBench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=__doc__))
+    main(tyro.cli(Bench, prog=typed(), description=__doc__))

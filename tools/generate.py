@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, CheckpointError, latest, load, restore_into
+from engine.command import typed
 from engine.data.tokenizer import load_tokenizer
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
@@ -125,7 +126,7 @@ def text(ids: Sequence[int], new: Iterable[int], decode: Callable[[list[int]], s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(Generate, args=argv, description=__doc__)
+    args = tyro.cli(Generate, prog=typed(), args=argv, description=__doc__)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     try:

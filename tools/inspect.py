@@ -38,6 +38,7 @@ from rich.console import Console
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Reader
+from engine.command import typed
 from engine.inspection import Look, compared, look
 from engine.ownership import Who, described, read_rules
 from optimizers.contract import PARKED, Optimizer, Params, Slots, UsageError
@@ -187,7 +188,7 @@ def write(report: Report, json_: bool, png: Path | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = tyro.cli(Inspect, args=argv, description=__doc__)
+    args = tyro.cli(Inspect, prog=typed(), args=argv, description=__doc__)
     try:
         if (args.path is None) != bool(args.fresh):
             raise UsageError("expected the PATH of a run or a checkpoint, or --fresh and a recipe; one of the two")

@@ -24,6 +24,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from engine.command import pasted
+
 if TYPE_CHECKING:
     from engine.plan import Plan
 
@@ -171,8 +173,8 @@ def changed(before: Config, after: Config) -> str:
         value = getattr(after, field.name)
         if value != getattr(before, field.name):
             name = f"--{field.name.replace('_', '-')}"
-            flags.append(name if value is True else f"{name} {value}")
-    return " ".join(flags)
+            flags += [name] if value is True else [name, str(value)]
+    return pasted(*flags)
 
 
 def show(planned: Planned, console: Console, title: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from engine.command import typed
 from optimizers.contract import UsageError
 
 Curve = tuple[list[int], list[float]]  # steps, values
@@ -222,7 +223,7 @@ def plot(options: Plot) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        print(plot(tyro.cli(Plot, args=argv, description=__doc__)))
+        print(plot(tyro.cli(Plot, prog=typed(), args=argv, description=__doc__)))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

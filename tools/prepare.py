@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from engine.command import typed
 from engine.data import read_index
 from engine.data.prepare import Request, prepare
 from optimizers.contract import UsageError
@@ -51,7 +52,7 @@ class Bar:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    config = tyro.cli(Prepare, args=arguments, description=__doc__)
+    config = tyro.cli(Prepare, prog=typed(), args=arguments, description=__doc__)
     bar = Bar(Console())
     try:
         with bar.progress:

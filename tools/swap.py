@@ -20,6 +20,7 @@ import tyro
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
+from engine.command import typed
 from engine.config import flags
 from optimizers.contract import UsageError
 
@@ -58,7 +59,7 @@ def swap(config: Swap) -> int:
 
 if __name__ == "__main__":
     try:
-        raise SystemExit(swap(tyro.cli(Swap, description=__doc__)))
+        raise SystemExit(swap(tyro.cli(Swap, prog=typed(), description=__doc__)))
     except UsageError as error:
         code, line = 2, f"error: {error}"
     except CheckpointError as error:

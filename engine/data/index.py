@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine.command import pasted
 from optimizers.contract import UsageError
 
 from .tokenizer import Tokenizer, load_tokenizer
@@ -22,9 +23,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         schema = index["schema"]
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(
-            f"{folder}: no {INDEX}: not prepared, or not to the end; run python -m tools.prepare {folder}"
-        ) from None
+        command = pasted("python", "-m", "tools.prepare", folder)
+        raise UsageError(f"{folder}: no {INDEX}: not prepared, or not to the end; run {command}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / INDEX}: damaged ({error!r}); delete the folder and prepare it again") from None
     if schema != SCHEMA:

@@ -46,12 +46,22 @@ def corpus(folder: Path, words: int = 3000, seed: int = 0) -> Path:
 def here(folder: Path, line: str) -> Done:
     """`python -m recipes.<line>` in `folder`, but inside this process, which has torch imported already."""
     recipe, *flags = shlex.split(line)
+    return _module(folder, f"recipes.{recipe}", flags)
+
+
+def tool(folder: Path, line: str) -> Done:
+    """`python -m <line>` in `folder`, but inside this process."""
+    module, *flags = shlex.split(line)
+    return _module(folder, module, flags)
+
+
+def _module(folder: Path, module: str, flags: list[str]) -> Done:
     out, err, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
-    sys.argv, code = [recipe, *flags], 0
+    sys.argv, code = [module, *flags], 0
     torch.set_num_threads(1)
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_module(f"recipes.{recipe}", run_name="__main__", alter_sys=True)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:

@@ -1,0 +1,29 @@
+"""Commands as people type them: what started this program, and lines that can be pasted into a shell."""
+
+import shlex
+import sys
+from pathlib import Path
+
+
+def typed() -> str:
+    """How this program was started, for its usage line: `python -m recipes.snsm`, or `python recipes/snsm.py`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return f"python {sys.argv[0]}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def program(name: str) -> str | Path:
+    """What to type for a program of this environment: its path where the environment lies below this folder."""
+    folder, here = Path(sys.prefix), Path.cwd()
+    return folder.relative_to(here) / "bin" / name if folder.is_relative_to(here) else name
+
+
+def pasted(*words: str | Path) -> str:
+    """The words as a line for the shell: quoted where they need it. A path never looks like a flag."""
+    return shlex.join(path(word) if isinstance(word, Path) else word for word in words)
+
+
+def path(place: Path) -> str:
+    """`place`, with ./ before it where it would be read as a flag."""
+    return f"./{place}" if str(place).startswith("-") else str(place)
