@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.command import pasted
 from optimizers.contract import UsageError
 
+from ..command import pasted
 from .tokenizer import Tokenizer, load_tokenizer
 
 SCHEMA = 1
