@@ -22,7 +22,7 @@ class Metrics:
         self.out, self.steps, self.console = out, steps, console
         self.history = [record for record in read(out) if record["step"] <= start] if start else []
         fresh = out / f".{FILE}"
-        fresh.write_text("".join(json.dumps(r) + "\n" for r in self.history))
+        fresh.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
         fresh.replace(out / FILE)  # a kill leaves the old records or the new ones
         told = any(out.glob("events.out.tfevents*"))
         self.writer = SummaryWriter(out, purge_step=start + 1 if start else None)

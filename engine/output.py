@@ -1,10 +1,20 @@
-"""Standard output that may go away: a terminal that closes, `| head` that has seen enough, a log on a full disk."""
+"""Standard output that knows few characters, or goes away: a terminal that closes, `| head`, a log on a full disk."""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TextIO
+
+
+def printable(errors: str = "backslashreplace") -> None:
+    """Let nothing that is printed from here on fail for what the terminal cannot show: every command calls this first.
+
+    A model may say anything, a path may be no Unicode, a table has lines, and a terminal may know ASCII only.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
 
 
 class Lasting:

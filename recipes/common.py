@@ -25,6 +25,7 @@ from engine.command import pasted, program
 from engine.compile import can_compile
 from engine.data import Tokens, tokenizer_of
 from engine.data.prepare import Request, cached
+from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import load_tokenizer
 from engine.memory import peak_bytes
 from engine.metrics import Metrics
@@ -61,6 +62,9 @@ def train(config: TrainConfig) -> Path:
     watched = sys.stdout.isatty()  # what is printed are paths, patterns and samples: nothing in them is markup
     console = Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
     device = _device(config.device)
+    folder = str(config.out or config.resume)
+    if any("\ud800" <= character <= "\udfff" for character in folder):
+        raise UsageError(f"--out {folder}: a name that is not UTF-8, which TensorBoard cannot write to; choose another")
     with _place(config, console) as (out, saved):
         return _train(config, console, device, out, saved)
 
@@ -89,6 +93,9 @@ def _train(config: TrainConfig, console: Console, device: torch.device, out: Pat
         text.windows(config.sequence)  # long enough: before a model is made
 
     shape = config.shape(tokenizer.vocab_size)
+    prompt, remark = prompt_ids(tokenizer, config.prompt, shape.max_position_embeddings)
+    if remark:
+        console.print(remark)
     model = Llama(shape, seed=config.seed).to(device)
     if config.precision.startswith("bf16"):
         model.to(torch.bfloat16)
@@ -150,7 +157,7 @@ def _train(config: TrainConfig, console: Console, device: torch.device, out: Pat
     if tokenizer.files:  # a run can be read wherever it lies
         (out / TOKENIZER).mkdir(exist_ok=True)
         tokenizer.copy_to(out / TOKENIZER)
-    (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n", encoding="utf-8")
     console.print(f"config: {json.dumps(config.plain())}", style="dim")
     if saved:
         differs = f"; changed: {', '.join(changed)}" if changed else ""
@@ -160,7 +167,7 @@ def _train(config: TrainConfig, console: Console, device: torch.device, out: Pat
     until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
     if trainer.converted:
         path = trainer.save_now()
-        (out / "swap.json").write_text(json.dumps(plain(trainer.converted), indent=1) + "\n")
+        (out / "swap.json").write_text(json.dumps(plain(trainer.converted), indent=1) + "\n", encoding="utf-8")
         console.print(f"converted    {path}, {out / 'swap.json'}")
         if config.swap == "only":
             return out
@@ -171,13 +178,16 @@ def _train(config: TrainConfig, console: Console, device: torch.device, out: Pat
     _finish(config, trainer, metrics, found, console)
     if trainer.measured:
         console.print(_memory(config, trainer, tokenizer.vocab_size, setup.epoch))
-    prompt = tokenizer.encode(config.prompt) or [tokenizer.eos]
-    limit = min(200, shape.max_position_embeddings - len(prompt))
     for name, p in optimizer.merge(params, step.state).items():
         params[name].data.copy_(p)
-    sample = generate(model.eval(), prompt, limit, temperature=0.8, top_k=50, seed=config.seed, eos=tokenizer.eos)
+    drawn = generate(model.eval(), prompt, 200, temperature=0.8, top_k=50, seed=config.seed, eos=tokenizer.eos)
+    try:
+        sample = tokenizer.decode([*prompt, *drawn])
+    except (FloatingPointError, torch.OutOfMemoryError) as error:  # the run is done and saved: no reason to fail
+        console.print(f"no sample: {error}")
+        return out
     console.rule("a sample")
-    console.print(tokenizer.decode([*prompt, *sample]))
+    console.print(sample)
     console.rule()
     return out
 
@@ -303,7 +313,7 @@ def _finish(
         "peak_bytes": peak_bytes(trainer.step.device),
         "seconds_per_step": units / median(rates) if rates else None,
     }
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console.print(
         f"held-out loss {held_out['loss']:.4f} {task.loss_unit}\n"
         f"checkpoint   {checkpoint.latest(out).path or config.resume}\n"
@@ -316,6 +326,7 @@ def _finish(
 
 def main(parse: Callable[[], Config], run: Callable[[Config], object]) -> None:
     """Parse flags, run, and turn what can go wrong into one line and an exit code."""
+    output.printable()
     with output.lasting(), signals.raised():
         try:
             config = parse()

@@ -14,6 +14,7 @@ and never run twice, so a comparison can be stopped and started again, and widen
 
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from rich.console import Console
 
 from engine.checkpoint.lock import claim
 from engine.command import typed
+from engine.output import printable
 from optimizers.contract import UsageError
 from optimizers.random import fold
 from tools.plot import loss_curve
@@ -79,16 +81,17 @@ def run(config: Compare, common: list[str], method: Method, lr: float, seed: int
     flags = ["--lr", str(lr), "--seed", str(seed), "--out", str(folder), "--resume", "auto"]
     console.print(f"{method.name}  lr {lr:g}  seed {seed}", highlight=False)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         process = [sys.executable, "-m", f"recipes.{command[0]}", *command[1:], *flags]
-        code = subprocess.run(process, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        spoken = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # whatever this terminal knows
+        code = subprocess.run(process, stdout=log, stderr=subprocess.STDOUT, env=spoken, check=False).returncode
     cell: Cell = {"method": method.name, "lr": lr, "seed": seed, "loss": math.inf, "curve": []}
     if code == 0:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         cell |= {"loss": result["eval/loss"], "curve": result["curve"]}
         cell |= {k: result[k] for k in ("steps", "tokens", "state_bytes", "seconds_per_step")}
     elif code != 4:
-        lines = (folder / "log.txt").read_text().strip().splitlines()
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise UsageError(f"{key}: exit code {code}: {lines[-1] if lines else 'no output'}; see {folder / 'log.txt'}")
     console.print(f"    held-out loss {cell['loss']:.4f}", highlight=False)
     save(config.out, {**load(config.out), key: cell})  # others may have been run beside it
@@ -98,7 +101,7 @@ def run(config: Compare, common: list[str], method: Method, lr: float, seed: int
 def load(out: Path) -> dict[str, Cell]:
     """Finished cells by the command that makes them; a loss of null is a run that diverged."""
     path = out / CELLS
-    cells: dict[str, Cell] = json.loads(path.read_text()) if path.exists() else {}
+    cells: dict[str, Cell] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {k: c | {"loss": math.inf if c["loss"] is None else c["loss"]} for k, c in cells.items()}
 
 
@@ -106,7 +109,7 @@ def save(out: Path, cells: dict[str, Cell]) -> None:
     """Replace the file at once, so that a kill leaves the old or the new one."""
     plain = {k: c | {"loss": c["loss"] if math.isfinite(c["loss"]) else None} for k, c in cells.items()}
     fresh = out / f".{CELLS}"
-    fresh.write_text(json.dumps(plain, indent=1) + "\n")
+    fresh.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     fresh.replace(out / CELLS)
 
 
@@ -177,7 +180,7 @@ def _compare(config: Compare, common: list[str], methods: list[Method], referenc
         cells = [run(config, common, method, best, seed, console) for seed in config.seeds]
         rows.append(Row(method.name, best, len(tuning) > 1 and best in (tuning[0][0], tuning[-1][0]), cells))
     text = table(rows, reference, tried)
-    (config.out / "table.md").write_text(text)
+    (config.out / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
     curves = {row.name: average(row.cells) for row in rows if row.cells[0]["curve"]}
     loss_curve(config.out / "curves.png", {}, config.title, "nats per token", held_out=curves)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -191,6 +194,7 @@ def average(cells: Sequence[Cell]) -> tuple[list[int], list[float]]:
 
 
 if __name__ == "__main__":
+    printable()
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
         config = tyro.cli(Compare, prog=typed(), args=sys.argv[1:end], description=__doc__)

@@ -49,7 +49,7 @@ def demo(config: Demo) -> None:
     curves, points = {}, {}
     for name in runs:
         folder = out / name.lower()
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         table.add_row(
             name,
             f"{result['eval/loss']:.4f}",

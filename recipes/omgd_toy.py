@@ -121,7 +121,9 @@ def toy(config: Toy) -> dict[str, Rate]:
     picture = draw_toy(config.out / "toy.png", steps, squared, found)
     numbers = {way: rate._asdict() for way, rate in found.items()}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    (config.out / "toy.json").write_text(json.dumps({"config": settings, "rates": numbers}, indent=1) + "\n")
+    (config.out / "toy.json").write_text(
+        json.dumps({"config": settings, "rates": numbers}, indent=1) + "\n", encoding="utf-8"
+    )
     table = Table(title=f"squared distance from the solution, {config.seeds} seeds", title_justify="left")
     for column in ("masks", f"at {config.steps // 10:,}", f"at {config.steps:,}", "slope", "over no mask"):
         table.add_column(column, justify="right" if column != "masks" else "left")

@@ -87,6 +87,22 @@ def test_nothing_reads_or_writes_code_as_data(file):
         assert name.partition(".")[0] not in UNSAFE, f"{file.name}:{line} imports {name}; use safetensors or JSON"
 
 
+@each_file
+def test_text_files_have_an_encoding(file):
+    """The system's own may be ASCII, and then a run ends at the first character that is not."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        mode = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        mode = [value for value in mode if isinstance(value, str) and set(value) <= set("rwaxbt+")]
+        on_bytes = any("b" in value for value in mode) or "_OPEN" in ast.unparse(node.func)
+        if name in ("write_text", "read_text") or (name == "open" and not on_bytes):
+            if ast.unparse(node.func) in ("os.open", "bz2.open", "webbrowser.open"):
+                continue
+            assert any(k.arg == "encoding" for k in node.keywords), f"{file.name}:{node.lineno} name the encoding"
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_each_package_is_the_one_in_this_repository(package):
     file = importlib.import_module(package).__file__

@@ -31,6 +31,7 @@ from engine.data import Batches, Tokens
 from engine.data.prepare import Request, cached
 from engine.kernel import Kernel, make_kernel
 from engine.memory import counted_peak
+from engine.output import printable
 from engine.segments import cut
 from engine.step import Step
 from models.layers import attach
@@ -160,7 +161,7 @@ def report(title: str, rows: list[dict[str, object]], config: AnyBench) -> None:
     if config.json:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
         content = {"torch": torch.__version__, "config": settings, "rows": rows}
-        config.json.write_text(json.dumps(content, indent=1) + "\n")
+        config.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def bench_step(config: StepBench) -> None:
@@ -468,4 +469,5 @@ def main(config: AnyBench) -> None:
 
 
 if __name__ == "__main__":
+    printable()
     main(tyro.cli(Bench, prog=typed(), description=__doc__))

@@ -4,7 +4,6 @@ Prints the prompt and its continuation. Exit codes: 0 done, 1 failure, 2 bad arg
 130 interrupted.
 """
 
-import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,9 @@ from safetensors.torch import load_file
 
 from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, CheckpointError, latest, load, restore_into
 from engine.command import typed
+from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import load_tokenizer
+from engine.output import printable
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.wrappers.rso import merge
@@ -126,15 +127,16 @@ def text(ids: Sequence[int], new: Iterable[int], decode: Callable[[list[int]], s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    printable("replace")
     args = tyro.cli(Generate, prog=typed(), args=argv, description=__doc__)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     try:
         device = _device(args.device)
         folder = find(args.run, args.checkpoint)
         tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(folder))
         model = load_model(folder, device)
-        ids = tokenizer.encode(args.prompt) or [tokenizer.eos]
+        ids, remark = prompt_ids(tokenizer, args.prompt, model.config.max_position_embeddings)
+        if remark:
+            print(remark, file=sys.stderr)
         new = generate(
             model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, eos=tokenizer.eos
         )

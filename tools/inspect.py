@@ -40,6 +40,7 @@ from engine import checkpoint
 from engine.checkpoint import CheckpointError, Reader
 from engine.command import typed
 from engine.inspection import Look, compared, look
+from engine.output import printable
 from engine.ownership import Who, described, read_rules
 from optimizers.contract import PARKED, Optimizer, Params, Slots, UsageError
 from optimizers.wrappers.traversal import describe
@@ -188,6 +189,7 @@ def write(report: Report, json_: bool, png: Path | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    printable()
     args = tyro.cli(Inspect, prog=typed(), args=argv, description=__doc__)
     try:
         if (args.path is None) != bool(args.fresh):

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.command import pasted
+from engine.output import printable
 
 if TYPE_CHECKING:
     from engine.plan import Plan
@@ -45,6 +46,7 @@ class Planned(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run the recipe as a process that only plans: recipes know how flags become a run, tools do not."""
+    printable()
     wanted: dict[str, Any] = {"fit": None, "json": False, "vocabulary": 0}
     rest, i = [], 0
     while i < len(arguments):

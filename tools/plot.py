@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 from engine.command import typed
+from engine.output import printable
 from optimizers.contract import UsageError
 
 Curve = tuple[list[int], list[float]]  # steps, values
@@ -222,6 +223,7 @@ def plot(options: Plot) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    printable()
     try:
         print(plot(tyro.cli(Plot, prog=typed(), args=argv, description=__doc__)))
     except UsageError as error:

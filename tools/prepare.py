@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from engine.command import typed
 from engine.data import read_index
 from engine.data.prepare import Request, prepare
+from engine.output import printable
 from optimizers.contract import UsageError
 
 
@@ -52,6 +53,7 @@ class Bar:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
+    printable()
     config = tyro.cli(Prepare, prog=typed(), args=arguments, description=__doc__)
     bar = Bar(Console())
     try:

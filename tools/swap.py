@@ -22,6 +22,7 @@ from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.command import typed
 from engine.config import flags
+from engine.output import printable
 from optimizers.contract import UsageError
 
 
@@ -58,6 +59,7 @@ def swap(config: Swap) -> int:
 
 
 if __name__ == "__main__":
+    printable()
     try:
         raise SystemExit(swap(tyro.cli(Swap, prog=typed(), description=__doc__)))
     except UsageError as error:
