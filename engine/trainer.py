@@ -169,7 +169,8 @@ class Trainer:
             "swapped": self.swapped,
             "config": self.config.plain(),
         }
-        self.saver.save(self.done, self.step.params, self.step.state, trainer, self.task.model_config(), self._header())
+        model, merge = self.task.model_config(), self.step.optimizer.merge
+        self.saver.save(self.done, self.step.params, self.step.state, trainer, model, self._header(), merge)
         return self.out / f"step-{self.done:08d}"
 
     def _header(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A checkpoint returns what was saved bit for bit, or says which file is wrong, and survives a kill at any moment."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError, latest, load, prune, restore_into, save, tensorfile
+from engine.checkpoint import CheckpointError, form, latest, load, prune, restore_into, save
 from optimizers.contract import UsageError
 
 FILES = ("model.safetensors", "config.json", "optimizer.safetensors", "trainer.json")
@@ -108,7 +109,12 @@ def test_trainable_parameters_and_slices_are_saved_without_their_history(tmp_pat
         ({"header": {"owners": "me"}}, "'owners'"),
         ({"header": {"period": 3}}, r"optimizer\.safetensors"),
         ({"params": {"w": torch.ones(4).to_sparse()}}, "w"),
-        ({"params": dict(zip("ab", (lambda t: (t[:3], t[1:]))(torch.ones(4)), strict=True))}, r"model\.safetensors"),
+        (
+            {"params": dict(zip("ab", (lambda t: (t[:3], t[1:]))(torch.ones(4)), strict=True))},
+            "a and b: share a part of their memory",
+        ),
+        ({"params": {"w": torch.ones(3, device="meta")}}, "w: is .* on meta"),
+        ({"params": {"w": torch.ones(3, dtype=torch.complex64)}}, "w: is torch.complex64"),
         ({"step": -1}, "-1"),
     ],
 )
@@ -182,8 +188,8 @@ def test_files_of_another_checkpoint_do_not_pass(tmp_path):
 
 def test_schema_and_origin_are_checked(tmp_path):
     path = save_example(tmp_path)
-    edit(path / "trainer.json", schema=tensorfile.SCHEMA + 1)
-    with pytest.raises(CheckpointError, match=r"trainer.json: has schema 2, newer than 1; update"):
+    edit(path / "trainer.json", schema=form.SCHEMA + 1)
+    with pytest.raises(CheckpointError, match=r"trainer.json: has schema 3, newer than 2; update"):
         load(path)
     (path / "trainer.json").write_text('{"global_step": 3}')
     with pytest.raises(CheckpointError, match=r"trainer.json: foreign"):
@@ -328,3 +334,46 @@ def test_a_kill_at_any_moment_leaves_the_last_checkpoint_whole(tmp_path, mode):
     assert child.returncode == 0, f"seed {seed}\n{child.stderr}"
     kills, saved = map(int, child.stdout.split())
     assert kills >= 25 and saved >= 4, "too few kills or saves to mean anything"
+
+
+def test_all_files_of_a_checkpoint_follow_the_umask(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            path = save(tmp_path, 1, {"w": torch.ones(2)}, {"w": {"m": torch.ones(2)}}, {}, {}, None, doubled)
+        finally:
+            os.umask(before)
+        files = {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()}
+        assert len(files) == 5 and set(files.values()) == {mode}, files
+
+
+def doubled(params, state):
+    """An optimizer whose weights are twice what it trains."""
+    return params | {name: params[name] * 2 for name in state}
+
+
+def test_the_models_file_holds_the_model_and_the_trained_weights_come_back_bitwise(tmp_path):
+    w, b = torch.randn(3, 4), torch.randn(4)
+    params = {"w": w, "tied": w, "b": b}
+    path = save(tmp_path, 3, params, {"w": {"m": torch.ones(2)}}, {}, {}, None, doubled)
+    from safetensors.torch import load_file
+
+    model = load_file(path / "model.safetensors")
+    assert model["w"].equal(w * 2) and model["b"].equal(b)
+    loaded, reader = load(path), checkpoint.read(path)
+    assert list(loaded.params) == list(params) and loaded.params["w"] is loaded.params["tied"]
+    for name, p in params.items():
+        assert loaded.params[name].equal(p) and reader.trained(name).equal(p)
+    assert reader.params.read("tied").equal(w * 2)
+    (path / "weights.safetensors").write_bytes(b"")
+    assert latest(tmp_path).path is None, "it is verified as the others are"
+
+
+def test_without_a_difference_there_is_no_file_of_trained_weights(tmp_path):
+    path = save(tmp_path, 1, {"w": torch.ones(2)}, {}, {}, {}, None, doubled)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+    ]

@@ -281,3 +281,29 @@ def test_as_a_module(tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"h?") and done.stdout.endswith(b"\n")
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("flags", ["--form products", "--form products --share", "--precision bf16-sr --form products"])
+def test_what_hugging_face_opens_is_the_model_that_was_trained(tmp_path, flags):
+    """model.safetensors, read by itself, has the loss that the run reported; W without B Pᵀ has another."""
+    import json
+
+    from helpers.runs import TINY, corpus, here
+    from safetensors.torch import load_file
+
+    from engine.checkpoint import read
+
+    run = f"rso demo {TINY} --lr 1e-2 --rank 4 --period 7 {flags} --steps 17 --warmup 0 --schedule constant --out run"
+    assert here(corpus(tmp_path), run).code == 0
+    folder = tmp_path / "run" / "step-00000017"
+    opened = load_file(folder / "model.safetensors")
+    reader = read(folder)
+    name = next(n for n in opened if n.endswith("q_proj.weight"))
+    slots = reader.slots(name)
+    w = reader.trained(name)
+    expected = (w.float() + slots["B"].float() @ slots["P"].float().T).to(w.dtype)
+    assert torch.equal(opened[name], expected) and not torch.equal(opened[name], w)
+    model = load_model(folder, torch.device("cpu"))
+    assert torch.equal(dict(model.named_parameters())[name], opened[name])
+    assert json.loads((folder / "trainer.json").read_text())["schema"] == 2

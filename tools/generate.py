@@ -16,7 +16,7 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, CheckpointError, latest, load, restore_into
+from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, WEIGHTS, CheckpointError, latest, load, restore_into
 from engine.command import typed
 from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import load_tokenizer
@@ -91,8 +91,8 @@ def load_model(folder: Path, device: torch.device) -> Llama:
 
 
 def _is_in_products(folder: Path) -> bool:
-    """Does the checkpoint keep B Pᵀ of RSO beside the weights? Without an optimizer's state, the weights are all."""
-    if not (folder / OPTIMIZER).is_file():
+    """Does the checkpoint, an old one, keep B Pᵀ of RSO beside the weights? The model's file has it otherwise."""
+    if not (folder / OPTIMIZER).is_file() or (folder / WEIGHTS).is_file():
         return False
     with safe_open(folder / OPTIMIZER, framework="pt") as content:
         return (content.metadata() or {}).get("rso.form") == "products"

@@ -2,9 +2,10 @@
 
     <root>/step-00001000/
         model.safetensors      parameters under their full names; tied weights once
+        weights.safetensors    those that are trained in another form than the model has them, where there are any
         config.json            the model's configuration, in Hugging Face form
         optimizer.safetensors  state, under `<param>/<slot>`
-        trainer.json           step and whatever else resumes the run; size and sha256 of the three files above
+        trainer.json           step and whatever else resumes the run; size and sha256 of the files above
 
 A folder is written beside its place under a hidden name, fsynced file by file, and renamed into place, so a kill or a
 power cut leaves the previous checkpoint as it was. Everything is data: tensors and JSON, never code. One process at a
@@ -12,7 +13,7 @@ time writes to a root.
 """
 
 from .fit import check_fit, restore_into
-from .form import CONFIG, MODEL, OPTIMIZER, STEP, TRAINER
+from .form import CONFIG, MODEL, OPTIMIZER, STEP, TRAINER, WEIGHTS
 from .reader import Checkpoint, Latest, Reader, latest, load, read, verify
 from .store import prune, save
 from .tensorfile import CheckpointError, TensorFile, WriteError
@@ -23,6 +24,7 @@ __all__ = [
     "OPTIMIZER",
     "STEP",
     "TRAINER",
+    "WEIGHTS",
     "Checkpoint",
     "CheckpointError",
     "Latest",

@@ -10,7 +10,9 @@ from typing import Any
 from .tensorfile import CheckpointError
 
 MODEL, CONFIG, OPTIMIZER, TRAINER = "model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"
+WEIGHTS = "weights.safetensors"  # where some are trained in another form than the model has them
 DATA = (MODEL, CONFIG, OPTIMIZER)
+SCHEMA = 2  # of trainer.json; 1 where there is no WEIGHTS
 RESERVED = ("schema", "files", "sha256")  # keys of trainer.json that are not the caller's
 STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")
 

@@ -3,17 +3,33 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from optimizers.contract import Params, Slots, State
 
-from .form import CONFIG, DATA, MODEL, OPTIMIZER, RESERVED, STEP, TRAINER, digest, read_json, seal, steps
-from .tensorfile import HEAD, SCHEMA, CheckpointError, TensorFile
+from .form import (
+    CONFIG,
+    DATA,
+    MODEL,
+    OPTIMIZER,
+    RESERVED,
+    SCHEMA,
+    STEP,
+    TRAINER,
+    WEIGHTS,
+    digest,
+    read_json,
+    seal,
+    steps,
+)
+from .tensorfile import HEAD, CheckpointError, TensorFile
 
 
 class Checkpoint(NamedTuple):
     """One checkpoint in memory, on the CPU, every dict in the order in which it was saved."""
 
     step: int
-    params: Params
+    params: Params  # as they are trained
     state: State
     trainer: dict[str, Any]
     model_config: dict[str, Any]
@@ -25,13 +41,18 @@ class Reader(NamedTuple):
     """One checkpoint on the disk, every file verified, whose tensors are read one at a time."""
 
     step: int
-    params: TensorFile
+    params: TensorFile  # as the model has them
+    weights: TensorFile | None  # those that are trained in another form
     state: TensorFile
     owners: dict[str, list[str]]  # whose state it is, in order -> its slots
     trainer: dict[str, Any]
     model_config: dict[str, Any]
     path: Path
     header: dict[str, str]
+
+    def trained(self, name: str) -> Tensor:
+        """A parameter as it is trained, on the CPU."""
+        return (self.weights if self.weights and name in self.weights.names else self.params).read(name)
 
     def slots(self, owner: str) -> Slots:
         """The state of one owner, on the CPU."""
@@ -60,7 +81,7 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: damaged, step is {step!r}, expected a whole number of at least 0")
     if (named := STEP.fullmatch(path.name)) and int(named[1]) != step:
         raise CheckpointError(f"{file}: is of step {step}, but lies in {path.name}; give the folder its own name back")
-    for name in DATA:
+    for name in (*DATA, WEIGHTS) if WEIGHTS in files else DATA:
         match files.get(name):
             case {"bytes": int(size), "sha256": str(digest)}:
                 _check(path / name, size, digest)
@@ -73,6 +94,9 @@ def read(path: Path) -> Reader:
     """Verify the checkpoint at `path` and open it. Raises CheckpointError naming the first file that is wrong."""
     record = verify(path)
     params, state = TensorFile(path / MODEL), TensorFile(path / OPTIMIZER)
+    weights = TensorFile(path / WEIGHTS) if WEIGHTS in record["files"] else None
+    if weights and (odd := weights.names.keys() - params.names.keys()):
+        raise CheckpointError(f"{weights.file}: damaged, {sorted(odd)[:3]} are not in {MODEL}")
     listed = state.json("owners", list)
     if not all(isinstance(owner, str) for owner in listed) or len(set(listed)) < len(listed):
         raise CheckpointError(f'{state.file}: damaged, "owners" in its head must be names, each once')
@@ -84,7 +108,7 @@ def read(path: Path) -> Reader:
         owners[owner].append(slot)
     trainer = {key: value for key, value in record.items() if key not in RESERVED}
     header = {key: value for key, value in state.head.items() if key not in HEAD}
-    return Reader(record["step"], params, state, owners, trainer, read_json(path / CONFIG), path, header)
+    return Reader(record["step"], params, weights, state, owners, trainer, read_json(path / CONFIG), path, header)
 
 
 def load(path: Path) -> Checkpoint:
@@ -92,7 +116,7 @@ def load(path: Path) -> Checkpoint:
     found = read(path)
     flat = found.state.everything()
     state = {owner: {slot: flat[f"{owner}/{slot}"] for slot in slots} for owner, slots in found.owners.items()}
-    params = found.params.everything()
+    params = found.params.everything() | (found.weights.everything() if found.weights else {})
     return Checkpoint(found.step, params, state, found.trainer, found.model_config, path, found.header)
 
 

@@ -45,6 +45,7 @@ class Saver:
         trainer: Mapping[str, Any],
         model_config: Mapping[str, Any],
         header: Mapping[str, str],
+        merge: Callable[[Params, State], Params] | None = None,
     ) -> None:
         """Begin to write a checkpoint, as `store.save` does; `wait` says what came of it, and comes in between.
 
@@ -55,7 +56,7 @@ class Saver:
             params = snapshot(params)
             flat = snapshot({f"{owner}/{slot}": t for owner, slots in state.items() for slot, t in slots.items()})
             state = {owner: {slot: flat[f"{owner}/{slot}"] for slot in slots} for owner, slots in state.items()}
-        job = partial(store.save, self.root, step, params, state, trainer, model_config, header)
+        job = partial(store.save, self.root, step, params, state, trainer, model_config, header, merge)
         self._writing = self._pool.submit(self._write, job, step)
         if not self.background:
             self._writing.exception()  # done, well or not: `wait` returns at once

@@ -3,17 +3,32 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from optimizers.contract import Params, State, UsageError
+from optimizers.contract import PARKED, Params, State, UsageError
 
 from . import tensorfile
-from .form import CONFIG, DATA, MODEL, OPTIMIZER, RESERVED, STEP, TRAINER, digest, read_json, seal, steps, write_json
-from .tensorfile import HEAD, SCHEMA, CheckpointError, WriteError
+from .form import (
+    CONFIG,
+    DATA,
+    MODEL,
+    OPTIMIZER,
+    RESERVED,
+    SCHEMA,
+    STEP,
+    TRAINER,
+    WEIGHTS,
+    digest,
+    read_json,
+    seal,
+    steps,
+    write_json,
+)
+from .tensorfile import HEAD, CheckpointError, WriteError, ties
 
 
 def save(
@@ -24,13 +39,15 @@ def save(
     trainer: Mapping[str, Any],
     model_config: Mapping[str, Any],
     header: Mapping[str, str] | None = None,
+    merge: Callable[[Params, State], Params] | None = None,
 ) -> Path:
     """Write `<root>/step-<step>` atomically, replacing it if it is there; returns the folder.
 
     `trainer` is any JSON: seed, data cursor, resolved recipe under "config". `header` (optimizer's name, period,
     position, ...) goes into the head of optimizer.safetensors, where tools can read it without loading a tensor.
-    Raises CheckpointError where something cannot be saved exactly, WriteError where the disk does not take it, both
-    times leaving the root as it was.
+    `merge` is the optimizer's: what it changes is not yet the model's. model.safetensors then holds what it gives, and
+    weights.safetensors those parameters as they are trained. Raises CheckpointError where something cannot be saved
+    exactly, WriteError where the disk does not take it, both times leaving the root as it was.
     """
     if step < 0 or trainer.get("step", step) != step:
         raise CheckpointError(f"step must be at least 0 and agree with trainer's, got {step}, {trainer.get('step')}")
@@ -41,14 +58,19 @@ def save(
         try:
             _recover(root)
             fresh.mkdir(parents=True)
-            tensorfile.write(fresh / MODEL, params, {})
+            made, apart = _merged(params, state, merge)
+            tensorfile.write(fresh / MODEL, params, {}, made)
+            if apart:
+                tensorfile.write(fresh / WEIGHTS, {name: params[name] for name in apart}, {})
             tensorfile.write(fresh / OPTIMIZER, _flatten(state), {**(header or {}), "owners": json.dumps(list(state))})
             write_json(fresh / CONFIG, model_config)
-            files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": digest(fresh / name)} for name in DATA}
-            write_json(fresh / TRAINER, {"schema": SCHEMA, "step": step, **trainer, "files": files})
+            data = (*DATA, WEIGHTS) if apart else DATA
+            files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": digest(fresh / name)} for name in data}
+            schema = SCHEMA if apart else 1
+            write_json(fresh / TRAINER, {"schema": schema, "step": step, **trainer, "files": files})
             record = read_json(fresh / TRAINER)
             write_json(fresh / TRAINER, {**record, "sha256": seal(record)})
-            for name in (*DATA, TRAINER, "."):
+            for name in (*data, TRAINER, "."):
                 _fsync(fresh / name)
             if final.exists():
                 final.rename(old)  # a kill between these two renames leaves `old`, which `latest` knows
@@ -59,6 +81,28 @@ def save(
     except OSError as error:
         raise WriteError(f"{error.filename or fresh}: cannot be written: {error.strerror or error}") from error
     return final
+
+
+def _merged(
+    params: Params, state: State, merge: Callable[[Params, State], Params] | None
+) -> tuple[Callable[[str], Tensor] | None, list[str]]:
+    """What makes a parameter the model's, one at a time, and the names of those that it changes."""
+    if merge is None:
+        return None, []
+    meta = {name: p.to("meta") for name, p in params.items()}
+    slots = {owner: {slot: t.to("meta") for slot, t in own.items()} for owner, own in state.items()}
+    after = merge(meta, slots)
+    apart = [name for name, p in meta.items() if after[name] is not p]
+    tied = ties(params)
+    changed = {tied[name]: name for name in apart}
+
+    def made(name: str) -> Tensor:
+        if (own := changed.get(tied[name])) is None:
+            return params[name]
+        near = {owner: state[owner] for owner in (own, PARKED + own) if owner in state}
+        return merge({own: params[own]}, near)[own]
+
+    return made, [name for name in params if tied[name] in changed]
 
 
 def prune(root: Path, keep_last: int, keep_every: int = 0, upto: int | None = None) -> list[Path]:

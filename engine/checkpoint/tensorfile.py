@@ -4,15 +4,34 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from optimizers.contract import Params
+
 SCHEMA = 1
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 HEAD = ("format", "schema", "names", "owners")  # keys of the head that are not the caller's
 
 
@@ -34,24 +53,52 @@ def ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """`ties`, after checking that every tensor comes back as it is. Raises CheckpointError."""
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES or name == "__metadata__":
+            raise CheckpointError(f"{name}: is {tensor.dtype}, {tensor.layout}, on {tensor.device}; it cannot be saved")
         if not tensor.is_contiguous():
             raise CheckpointError(
                 f"{name}: strides {tensor.stride()} of shape {tuple(tensor.shape)} are not contiguous; "
                 "make it contiguous where it is created, or the resumed run is not bitwise the same"
             )
-    return ties(tensors)
+    names = ties(tensors)
+    end: dict[torch.device, tuple[int, str]] = {}
+    for name in sorted(set(names.values()), key=lambda name: tensors[name].data_ptr()):
+        t = tensors[name]
+        before, other = end.get(t.device, (0, ""))
+        if t.nbytes and t.data_ptr() and t.data_ptr() < before:
+            raise CheckpointError(
+                f"{other} and {name}: share a part of their memory and would come back apart; clone one of them"
+            )
+        end[t.device] = max((t.data_ptr() + t.nbytes, name), (before, other))
+    return names
 
 
-def write(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write the file. Raises CheckpointError where something cannot be stored, WriteError where the disk refuses."""
+def write(file: Path, tensors: Params, header: Mapping[str, str], made: Callable[[str], Tensor] | None = None) -> None:
+    """Write the file, in safetensors' format, one tensor in host memory at a time, its mode as the umask has it.
+
+    `made(name)` gives the values in the place of those in `tensors`, of the same shape and dtype. Raises
+    CheckpointError where something cannot be stored, OSError where the disk refuses.
+    """
     names = storable(tensors)
     head = {"format": "pt", "schema": str(SCHEMA), "names": json.dumps(names), **header}
-    try:
-        save_file({name: tensors[name] for name in dict.fromkeys(names.values())}, file, head)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        disk = isinstance(error, SafetensorError) and "os error" in str(error)  # the one sign that it gives
-        kind = WriteError if disk else CheckpointError
-        raise kind(f"{file}: cannot be written: {' '.join(str(error).split())}") from error
+    if odd := [key for key, value in head.items() if not isinstance(value, str)]:
+        raise CheckpointError(f"{file}: cannot be written: {odd} in its head must be texts")
+    entries: dict[str, Any] = {"__metadata__": head}
+    own, at = list(dict.fromkeys(names.values())), 0
+    order = sorted(own, key=lambda name: -tensors[name].element_size())  # each begins at a multiple of its items
+    for name in order:
+        t = tensors[name]
+        entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = made(name) if made else tensors[name]
+            assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype), name
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            out.write(flat.view(torch.uint8).numpy().data)
 
 
 class TensorFile:
