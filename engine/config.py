@@ -43,7 +43,7 @@ class RunConfig:
     steps: int = 300
     """Optimizer steps."""
     warmup: int | None = None
-    """Steps of linear warm-up; by default a tenth of the steps."""
+    """Steps of linear warm-up; by default a tenth of the steps, or of the --decay-steps of a cosine or line."""
     rewarm: int = 20
     """Steps of linear warm-up after the optimizer was swapped: the new one's first steps are its least informed."""
     schedule: Kind = "cosine"
@@ -116,7 +116,9 @@ class RunConfig:
 
     @property
     def warmup_steps(self) -> int:
-        return self.steps // 10 if self.warmup is None else self.warmup
+        if self.warmup is not None:
+            return self.warmup
+        return (self.decay_steps if self.decay_steps and self.schedule in ("cosine", "linear") else self.steps) // 10
 
     def plain(self) -> dict[str, Any]:
         """Every field as JSON can hold it."""

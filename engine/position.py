@@ -35,7 +35,7 @@ def read_on(
     some; a run whose optimizer is `swapped` may, and says so.
     """
     mine = saved_order(task)
-    odd = [name for name in {**mine, **order} if mine.get(name) != order.get(name)]
+    odd = [name for name in {**mine, **order} if json.dumps(mine.get(name)) != json.dumps(order.get(name))]  # 1, True
     if not odd:
         return Start(position)
     align = order.get(ALIGN)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.schedule import Schedule, factor
+from engine.schedule import Schedule, factor, rate_changes
 from optimizers.contract import UsageError
 
-KINDS = ("cosine", "linear", "constant")
+KINDS = ("cosine", "linear", "constant", "wsd")
 
 
 @st.composite
@@ -54,11 +54,52 @@ def test_known_points():
         ({"steps": 10, "warmup": -1}, "warmup .* got -1"),
         ({"steps": 10, "floor": 1.5}, "floor .* got 1.5"),
         ({"steps": 10, "kind": "cosin"}, "kind .* got 'cosin'"),
+        ({"steps": 10, "kind": "wsd", "decay": 0}, "decay-steps .* got 0"),
+        ({"steps": 10, "kind": "wsd", "warmup": 4, "decay": 7}, r"decay-steps must lie in \[1, 6\].* got 7"),
+        ({"steps": 10, "kind": "linear", "warmup": 4, "decay": 4}, "decay-steps.*warmup=4, got 4"),
+        ({"steps": 10, "kind": "cosine", "decay": 1}, "decay-steps.* got 1"),
+        ({"steps": 10, "kind": "constant", "decay": 5}, "decay-steps: got 5, but a constant schedule"),
     ],
 )
 def test_bad_settings_are_named_when_the_schedule_is_made(settings, named):
     with pytest.raises(UsageError, match=named):
         Schedule(**settings)
+
+
+@given(st.integers(2, 300), st.integers(0, 300), st.sampled_from(["cosine", "linear"]), st.data())
+def test_a_run_lengthened_with_its_old_steps_as_decay_steps_keeps_every_rate(steps, more, kind, data):
+    warmup = data.draw(st.integers(0, steps - 1))
+    short, long = Schedule(steps, warmup, kind, 0.1), Schedule(steps + more, warmup, kind, 0.1, decay=steps)
+    assert [long.factor(s) for s in range(steps + more)] == [short.factor(s) for s in range(steps + more)]
+    assert long.factor(steps + more - 1) == (0.1 if steps > max(warmup, 1) else 1)
+
+
+@given(st.integers(1, 300), st.data())
+def test_warmup_stable_decay(steps, data):
+    warmup = data.draw(st.integers(0, steps - 1))
+    decay = data.draw(st.integers(1, steps - warmup))
+    schedule = Schedule(steps, warmup, "wsd", 0.1, decay)
+    values = [schedule.factor(step) for step in range(steps)]
+    stable = values[warmup : steps - decay]
+    assert set(stable) <= {1.0} and len([v for v in values[warmup:] if v < 1]) == min(decay, steps - max(warmup, 1))
+    if steps > max(warmup, 1):
+        assert values[-1] == pytest.approx(0.1)
+        falls = [a - b for a, b in pairwise(values[max(warmup, 1) - 1 :]) if a - b > 1e-9]
+        assert max(falls) - min(falls) < 1e-9, "along a line"
+    longer = Schedule(steps + 50, warmup, "wsd", 0.1, decay)
+    assert all(longer.factor(s) == values[s] for s in range(steps - decay)), "before its decay nothing tells the length"
+
+
+def test_by_default_a_tenth_of_the_steps_decays():
+    values = [factor(step, 100, warmup=10, kind="wsd", floor=0.2) for step in range(100)]
+    assert values[89] == 1 and values[90] == pytest.approx(0.92) and values[99] == pytest.approx(0.2)
+
+
+def test_rates_are_said_where_they_changed():
+    assert rate_changes(300, {"a": 1e-4, "b": 2e-3}, {"a": 1e-4 * (1 + 1e-9), "b": 2e-3, "new": 1.0}) == []
+    (said,) = rate_changes(300, {"a": 1e-4, "b": 0.0}, {"a": 5.1e-4, "b": 1e-3})
+    assert said.startswith("learning rate at step 301: a 0.0001 -> 0.00051 (x 5.10), b 0 -> 0.001. ")
+    assert "--decay-steps" in said and "--schedule wsd" in said
 
 
 @given(schedules(), st.integers(0, 50), st.integers(0, 20))

@@ -1,0 +1,112 @@
+"""Train somebody's own module, loss and data: `fit(task, optimizer, RunConfig(...))`."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from optimizers.core import Optimizer, UsageError
+from optimizers.random import fold
+
+from . import checkpoint
+from .compile import can_compile
+from .config import RunConfig
+from .metrics import Metrics
+from .place import device_of, place
+from .receipt import receipt
+from .result import write_result
+from .step import Step
+from .task import Task
+from .trainer import Trainer
+
+
+class Fit(NamedTuple):
+    """A finished run."""
+
+    out: Path
+    steps: int
+    metrics: dict[str, float]  # of the evaluation after the last step
+    checkpoint: Path | None
+
+
+def fit(task: Task, optimizer: Optimizer, config: RunConfig | None = None, console: Console | None = None) -> Fit:
+    """Train `task.model` in place with `optimizer`, which owns every one of its parameters by name.
+
+    Checkpoints, metrics.jsonl, TensorBoard events and result.json lie in `config.out`. With `resume="auto"` a run that
+    was stopped, however, goes on from its newest checkpoint and ends with the weights of one that was not; the model
+    that is passed is then overwritten. Works in any thread; signals are heard in the main one. Raises UsageError,
+    CheckpointError, WriteError, NonFiniteError, and Interrupted where a signal ended the run after saving.
+
+        params = dict(model.named_parameters())
+        optimizer = partition(params, [Group("adamw", adamw(), ("",), lr=1e-3)])
+        fit(ArrayTask(model, loss, train=..., validation=...), optimizer, RunConfig(out=Path("runs/mine"), steps=300))
+    """
+    config = config or RunConfig()
+    config.check()
+    console = console or plain_console()
+    device = device_of(config.device)
+    if config.compile != "off" and (reason := can_compile(device)):
+        console.print(f"{reason}: running uncompiled, which is slower")
+        config = replace(config, compile="off")
+    out, saved = place(config, Path("runs") / type(task.model).__name__.lower(), console.print)
+    config = replace(config, out=out, check_memory=False)  # there is no prediction to compare with
+    step = _step(task, optimizer, config, device)
+    console.print(receipt(optimizer, step.params, step.state))
+    trainer = Trainer(config, step, task, out)
+    if saved:
+        resume(trainer, saved, console)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n")
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made: {error.strerror}; choose another folder") from None
+    with Metrics(out, trainer.done, config.steps, console) as metrics:
+        found = trainer.train(metrics)
+    write_result(trainer, metrics, found)
+    console.print(f"{task.shown(found)}\ncheckpoint   {checkpoint.latest(out).path or saved}")
+    return Fit(out, trainer.done, found, checkpoint.latest(out).path or saved)
+
+
+def resume(trainer: Trainer, saved: Path, console: Console) -> None:
+    """Continue from a checkpoint, and say what differs. Raises CheckpointError."""
+    changed = trainer.resume(checkpoint.load(saved))
+    differs = f"; changed: {', '.join(changed)}" if changed else ""
+    console.print(f"resuming {saved} at step {trainer.done}{differs}")
+    for note in trainer.notes:
+        console.print(note)
+
+
+def plain_console() -> Console:
+    """A console on which nothing that is printed is taken for markup: paths, patterns and samples."""
+    watched = sys.stdout.isatty()
+    return Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
+
+
+def _step(task: Task, optimizer: Optimizer, config: RunConfig, device: torch.device) -> Step:
+    """The step that trains the task's model, which is moved to the device in its dtype. Raises UsageError."""
+    model = task.model.to(device)
+    if config.precision.startswith("bf16"):
+        model = model.to(torch.bfloat16)
+    params: dict[str, Tensor] = dict(model.named_parameters())
+    if params.keys() != optimizer.owner.keys():
+        odd = sorted(params.keys() ^ optimizer.owner.keys())
+        raise UsageError(
+            f"optimizer: owns {len(optimizer.owner)} parameters, expected the {len(params)} of the model; they differ "
+            f"in {odd[:3]}: make it from dict(model.named_parameters())"
+        )
+    options: dict[str, Any] = {
+        "mode": config.compile,
+        "recompute": config.recompute,
+        "clip": config.clip,
+        "clip_norm": config.clip_norm,
+        "compute_dtype": torch.bfloat16 if config.precision == "mixed" else None,
+        "stochastic_rounding": config.precision == "bf16-sr",
+        "logits": 2**26 if device.type == "cuda" else 2**24,
+    }
+    state = optimizer.init(params)
+    return Step(task.segments(), params, optimizer, state, key=fold(config.seed, "optimizer"), **options)
