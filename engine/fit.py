@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from optimizers.core import Optimizer, UsageError
+from optimizers.contract import Optimizer, UsageError
 from optimizers.random import fold
 
 from . import checkpoint
 from .compile import can_compile
 from .config import RunConfig
 from .metrics import Metrics
-from .place import device_of, place
+from .place import device_of, leave_branch, place
 from .receipt import receipt
 from .result import write_result
 from .step import Step
@@ -53,23 +53,27 @@ def fit(task: Task, optimizer: Optimizer, config: RunConfig | None = None, conso
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")
         config = replace(config, compile="off")
-    out, saved = place(config, Path("runs") / type(task.model).__name__.lower(), console.print)
-    config = replace(config, out=out, check_memory=False)  # there is no prediction to compare with
-    step = _step(task, optimizer, config, device)
-    console.print(receipt(optimizer, step.params, step.state))
+    with place(config, Path("runs") / type(task.model).__name__.lower(), console.print) as (out, saved):
+        config = replace(config, out=out, check_memory=False)  # there is no prediction to compare with
+        return _fit(task, _step(task, optimizer, config, device), config, saved, console)
+
+
+def _fit(task: Task, step: Step, config: RunConfig, saved: Path | None, console: Console) -> Fit:
+    """In a folder that is this process's own, from the checkpoint `saved`, if any."""
+    assert config.out is not None
+    out = config.out
+    console.print(receipt(step.optimizer, step.params, step.state))
     trainer = Trainer(config, step, task, out)
     if saved:
         resume(trainer, saved, console)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"--out {out}: cannot be made: {error.strerror}; choose another folder") from None
+    leave_branch(out, saved, trainer.done, config, console.print)
+    (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n", encoding="utf-8")
     with Metrics(out, trainer.done, config.steps, console) as metrics:
         found = trainer.train(metrics)
     write_result(trainer, metrics, found)
-    console.print(f"{task.shown(found)}\ncheckpoint   {checkpoint.latest(out).path or saved}")
-    return Fit(out, trainer.done, found, checkpoint.latest(out).path or saved)
+    kept = checkpoint.latest(out).path or saved
+    console.print(f"{task.shown(found)}\ncheckpoint   {kept}")
+    return Fit(out, trainer.done, found, kept)
 
 
 def resume(trainer: Trainer, saved: Path, console: Console) -> None:

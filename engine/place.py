@@ -1,13 +1,16 @@
 """Where a run lives: its device, its folder, and the checkpoint that it goes on from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 
 from . import checkpoint
+from .checkpoint.aside import set_aside
+from .checkpoint.lock import claim, claim_new
 from .config import RunConfig
 
 
@@ -22,28 +25,48 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def place(config: RunConfig, stem: Path, say: Callable[[str], None] = print) -> tuple[Path, Path | None]:
-    """The run's folder, by default a new one that begins with `stem`, and the checkpoint to continue from.
+@contextmanager
+def place(
+    config: RunConfig, stem: Path, say: Callable[[str], None] = print, dry: bool = False
+) -> Iterator[tuple[Path, Path | None]]:
+    """The run's folder, owned in the block, and the checkpoint to continue from. Without `config.out` the folder is a
+    new one whose name begins with `stem`. A `dry` run owns nothing and leaves nothing.
 
-    Raises UsageError where the folder holds a run that is not asked for, or there is nothing to resume.
+    Raises UsageError where another process owns it, it holds a run that is not asked for, or nothing can be resumed.
     """
+    folder = str(config.out or config.resume)
+    if any("\ud800" <= character <= "\udfff" for character in folder):
+        raise UsageError(f"--out {folder}: a name that is not UTF-8, which TensorBoard cannot write to; choose another")
+    given, out = None, Path(config.out) if config.out else None
     if config.resume not in ("never", "auto"):
-        path = Path(config.resume)
-        if not (path / checkpoint.TRAINER).exists():
-            found = newest(path, say)
-            if found is None:
-                raise UsageError(f"--resume: no whole checkpoint in {path}; give never, auto, a run or a step folder")
-            path = found
-        return Path(config.out or path.parent), path
-    if config.out is None:
-        if config.resume == "auto":
-            return stem, newest(stem, say)
-        tried = (stem if i == 1 else stem.with_name(f"{stem.name}-{i}") for i in range(1, 10_000))
-        return next(p for p in tried if not p.exists()), None
-    out = Path(config.out)
-    if config.resume == "never" and checkpoint.latest(out).path:
-        raise UsageError(f"--out {out} holds a run already; continue it with --resume auto or choose another")
-    return out, newest(out, say) if config.resume == "auto" else None
+        given = Path(config.resume)
+        if not (given / checkpoint.TRAINER).exists():
+            given = newest(given, say)
+            if given is None:
+                raise UsageError(
+                    f"--resume: no whole checkpoint in {config.resume}; give never, auto, a run or a step folder"
+                )
+    out = out or (given.parent if given else stem if config.resume == "auto" else None)
+    if dry:
+        yield out or stem, given or (newest(out, say) if out and config.resume == "auto" else None)
+        return
+    with claim(out, say) if out else claim_new(stem, say) as owned:
+        saved = given or newest(owned, say)
+        if saved and config.resume == "never":
+            raise UsageError(f"--out {owned} holds a run already; continue it with --resume auto or choose another")
+        yield owned, saved
+
+
+def leave_branch(out: Path, saved: Path | None, step: int, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Before a run begins in `out` at `step`, from `saved` if any: set aside what another run, or this one at later
+    steps, left there, and say so. Raises WriteError."""
+    line = None
+    if saved:
+        line = set_aside(out, step if saved.parent.resolve() == out.resolve() else None)
+    elif config.resume == "never":  # one that ended before its first checkpoint
+        line = set_aside(out, None)
+    if line:
+        say(line)
 
 
 def newest(out: Path, say: Callable[[str], None] = print) -> Path | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from optimizers.core import total_bytes
+from optimizers.contract import total_bytes
 
 from .memory import peak_bytes
 from .metrics import Metrics
@@ -40,5 +40,5 @@ def result(trainer: Trainer, metrics: Metrics, held_out: Mapping[str, float]) ->
 def write_result(trainer: Trainer, metrics: Metrics, held_out: Mapping[str, float]) -> Path:
     """Write `result.json` into the run's folder; returns its path."""
     file = trainer.out / FILE
-    file.write_text(json.dumps(result(trainer, metrics, held_out), indent=1) + "\n")
+    file.write_text(json.dumps(result(trainer, metrics, held_out), indent=1) + "\n", encoding="utf-8")
     return file

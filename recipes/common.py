@@ -8,7 +8,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from engine import checkpoint, output, signals
 from engine.checkpoint import CheckpointError
-from engine.checkpoint.aside import set_aside
-from engine.checkpoint.lock import claim, claim_new
 from engine.command import pasted, program
 from engine.compile import can_compile
 from engine.data import Tokens, tokenizer_of
@@ -29,6 +27,7 @@ from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import load_tokenizer
 from engine.memory import peak_bytes
 from engine.metrics import Metrics
+from engine.place import device_of, leave_branch, place
 from engine.plan import Built, cast, plan
 from engine.receipt import receipt
 from engine.segments import cut
@@ -61,11 +60,9 @@ def train(config: TrainConfig) -> Path:
         raise _instead(config)
     watched = sys.stdout.isatty()  # what is printed are paths, patterns and samples: nothing in them is markup
     console = Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
-    device = _device(config.device)
-    folder = str(config.out or config.resume)
-    if any("\ud800" <= character <= "\udfff" for character in folder):
-        raise UsageError(f"--out {folder}: a name that is not UTF-8, which TensorBoard cannot write to; choose another")
-    with _place(config, console) as (out, saved):
+    device = device_of(config.device)
+    stem = Path("runs") / "-".join(filter(None, [config.recipe, getattr(config, "optimizer", ""), config.model]))
+    with place(config, stem, console.print, config.dry_run) as (out, saved):
         return _train(config, console, device, out, saved)
 
 
@@ -149,11 +146,7 @@ def _train(config: TrainConfig, console: Console, device: torch.device, out: Pat
         changed = trainer.resume(whole, theirs)
         if theirs:
             console.print(report(trainer.converted))
-        own = saved.parent.resolve() == out.resolve()
-        if line := set_aside(out, trainer.done if own else None):
-            console.print(line)
-    elif config.resume == "never" and (line := set_aside(out, None)):  # one that ended before its first checkpoint
-        console.print(line)
+    leave_branch(out, saved, trainer.done, config, console.print)
     if tokenizer.files:  # a run can be read wherever it lies
         (out / TOKENIZER).mkdir(exist_ok=True)
         tokenizer.copy_to(out / TOKENIZER)
@@ -246,48 +239,6 @@ def _built(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Built:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
         optimizer = config.optimizer_for(setup)
     return Built(cut(model), params, optimizer)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name. Raises UsageError where it is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).add_(1).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).strip().splitlines()[0].rstrip(".")
-        raise UsageError(f"--device {name}: cannot be used here: {why}; give auto, cpu or cuda") from None
-    return device
-
-
-@contextlib.contextmanager
-def _place(config: TrainConfig, console: Console) -> Iterator[tuple[Path, Path | None]]:
-    """The run's folder, owned in the block, and the checkpoint to continue from. Raises UsageError, CheckpointError."""
-    stem = Path("runs") / "-".join(filter(None, [config.recipe, getattr(config, "optimizer", ""), config.model]))
-    given = None
-    if config.resume not in ("never", "auto"):
-        given = Path(config.resume)
-        if not (given / checkpoint.TRAINER).exists():
-            given = _newest(given, console)
-            if given is None:
-                raise UsageError(
-                    f"--resume: no whole checkpoint in {config.resume}; give never, auto, a run or a step folder"
-                )
-    out = config.out or (given.parent if given else stem if config.resume == "auto" else None)
-    if config.dry_run:  # leaves nothing
-        yield out or stem, given or (_newest(out, console) if out and config.resume == "auto" else None)
-        return
-    with claim(out, console.print) if out else claim_new(stem, console.print) as out:
-        saved = given or _newest(out, console)
-        if saved and config.resume == "never":
-            raise UsageError(f"--out {out} holds a run already; continue it with --resume auto or choose another")
-        yield out, saved
-
-
-def _newest(out: Path, console: Console) -> Path | None:
-    found = checkpoint.latest(out)
-    for path, why in found.damaged:
-        console.print(f"skipping {path.name}: {why}")
-    return found.path
 
 
 def _finish(

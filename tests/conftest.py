@@ -27,7 +27,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-pytest.register_assert_rewrite("helpers.runs", "helpers.models", "helpers.texts")
+pytest.register_assert_rewrite("helpers.runs", "helpers.models", "helpers.texts", "helpers.classifier")
 torch.set_num_threads(THREADS)
 hypothesis.settings.register_profile("leanstep", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("leanstep")

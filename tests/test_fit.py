@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifier import classifier, loss, metrics, run, table, task
+from helpers.classifier import classifier, loss, metrics, run, table, task
 from torch import nn
 
 from engine import checkpoint
@@ -20,8 +20,9 @@ from engine.config import RunConfig
 from engine.fit import fit
 from engine.metrics import read
 from engine.tasks.arrays import ArrayTask
-from optimizers.adamw import adamw
-from optimizers.core import Group, UsageError, partition
+from optimizers.contract import Group, UsageError
+from optimizers.partition import partition
+from optimizers.rules.adamw import adamw
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,13 +102,14 @@ def assert_equal(got: Path, expected: Path, records: bool = True) -> None:
         assert first == second, key
 
 
+@pytest.mark.run
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize("kind", ["plain"])
 def test_killed_and_resumed_to_the_bit(tmp_path, kind):
     """Killed twice, wherever it is."""
 
     def start() -> "subprocess.Popen[bytes]":
-        command = [sys.executable, str(ROOT / "tests" / "classifier.py"), str(tmp_path / "killed"), kind]
+        command = [sys.executable, str(ROOT / "tests" / "helpers" / "classifier.py"), str(tmp_path / "killed"), kind]
         return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
 
     for at in (50, 170):

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_recipes import TINY, column, corpus, here
-from test_trainer import newest
+from helpers.runs import TINY, column, corpus, here, newest
 
 from engine.metrics import Metrics, read
 from engine.step import Step
+
+pytestmark = pytest.mark.run
 
 
 @pytest.fixture(scope="module")

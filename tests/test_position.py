@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from test_data import prepared
-from test_recipes import TINY, corpus, here, refused
-from test_trainer import newest
+from helpers.runs import TINY, corpus, here, newest, refused
+from helpers.texts import prepared
 from torch import nn
 
 from engine.checkpoint import CheckpointError
@@ -147,6 +146,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_breaks_the_order_is_refused_and_reorder_begins_a_new_pass(stopped, tmp_path, case):
     run, recipe, flags, named = REFUSED[case]
@@ -163,6 +163,7 @@ def test_what_breaks_the_order_is_refused_and_reorder_begins_a_new_pass(stopped,
     assert after["tokens"] == 4 * 2 * 16 + 2 * size * int(after["config"]["sequence"])
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("flags", "size"), [("--micro-batch 3", 3), ("--accumulation 2", 4), ("--micro-batch 1 --accumulation 5", 5)]
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizers.core import UsageError
+from optimizers.contract import UsageError
 from optimizers.random import fold
 
 from ..data.order import Epochs

@@ -1,4 +1,4 @@
-"""A small classifier with BatchNorm and dropout on a table, trained by `fit`: `python tests/classifier.py OUT`."""
+"""A small classifier with BatchNorm and dropout, trained by `fit`: `python tests/helpers/classifier.py OUT`."""
 
 import csv
 import sys
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from engine.config import RunConfig
 from engine.fit import Fit, fit
 from engine.tasks.arrays import ArrayTask
-from optimizers.adamw import adamw
-from optimizers.core import Group, partition
+from optimizers.contract import Group
+from optimizers.partition import partition
+from optimizers.rules.adamw import adamw
 
-FILE = Path(__file__).parent / "data" / "breast_cancer_wdbc.csv"
+FILE = Path(__file__).resolve().parents[1] / "data" / "breast_cancer_wdbc.csv"
 
 
 def table() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(train, validation): "x" float32 (rows, 30), standardised, and "y" int64 (rows,); every fifth row is held out."""
-    with FILE.open() as file:
+    with FILE.open(encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
     x = torch.tensor([[float(value) for value in row[2:]] for row in rows])
     y = torch.tensor([int(row[1] == "M") for row in rows])
