@@ -226,7 +226,7 @@ def _planned(
 def _vocabulary(config: TrainConfig) -> int:
     """That of the tokenizer, or without one of the preset."""
     byte = config.tokenizer == "byte"
-    return PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer).vocab_size
+    return PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer, config.eos).vocab_size
 
 
 def _built(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Built:

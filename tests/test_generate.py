@@ -16,7 +16,7 @@ from engine.checkpoint import save
 from engine.data.tokenizer import load_tokenizer
 from models.llama import PRESETS, Llama, LlamaConfig
 from models.sampling import generate, probabilities
-from tools.generate import load_model, main, text
+from tools.generate import load_model, main, text, tokenizer_of
 
 TINY = LlamaConfig(257, 32, 40, 2, 4, 2, max_position_embeddings=48)
 
@@ -261,6 +261,26 @@ def test_command_names_a_missing_tokenizer(tmp_path, capsys):
     code, _, err = call(capsys, run)
     assert code == 5 and "config.tokenizer: got None" in err and "--tokenizer" in err
     assert call(capsys, run, "--tokenizer", "byte", "--max-new-tokens", 1, "--device", "cpu")[0] == 0
+
+
+def test_the_end_token_of_the_run_is_used(tmp_path, capsys):
+    """From the run's own copy of the tokenizer, and from its config where that copy is gone."""
+    vocabulary = {chr(97 + i): i for i in range(26)} | {"</s>": 26, "<eos>": 27}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    spec = str(tmp_path / "vocab.json")
+    write_run(tmp_path / "run", tokenizer=spec)
+    head = tmp_path / "run/step-00001000/trainer.json"
+    content = json.loads(head.read_text())
+    content["config"]["eos"] = "<eos>"
+    head.write_text(json.dumps(content))
+    assert tokenizer_of(head.parent).eos == 27 and load_tokenizer(spec).eos == 26
+    (tmp_path / "run/tokenizer").mkdir()
+    load_tokenizer(spec, "a").copy_to(tmp_path / "run/tokenizer")
+    assert tokenizer_of(head.parent).eos == 0
+    for flags in (("--tokenizer", spec, "--eos", "<gone>"), ("--eos", "</s>")):
+        code, _, err = call(capsys, head.parent, *flags)
+        assert code == 2 and err.startswith("error: --eos: ")
 
 
 def test_command_names_an_unusable_config(tmp_path, capsys):

@@ -375,6 +375,26 @@ def test_the_cache_goes_by_the_request(corpus: Path, tmp_path: Path) -> None:
     assert cached(tmp_path / "cache", request) != first
 
 
+def test_prepared_data_is_not_asked_for_something_else(corpus: Path, tmp_path: Path) -> None:
+    data = (str(prepare(tmp_path / "bytes", Request((str(corpus),)))),)
+    bpe = prepare(tmp_path / "bpe", Request((str(corpus),), train_bpe=300))
+    spec = str(bpe / "tokenizer.json")
+    for fine in (Request((str(bpe),)), Request((str(bpe),), tokenizer=spec), Request((str(bpe),), eos="<|endoftext|>")):
+        assert cached(tmp_path / "cache", fine) == bpe
+    for request, message in (
+        (Request(data, tokenizer=spec), r"bytes: prepared with tokenizer byte, asked for tokenizers-\w+; leave it out"),
+        (Request((str(bpe),), eos="a"), r"bpe: prepared with eos 0, asked for \d+; leave it out, or prepare again"),
+        (Request(data, eos="7"), r"--eos: got '7'; with the tokenizer 'byte' documents end with id 256"),
+        (Request(data, field="body"), "bytes: prepared with field text, asked for body"),
+        (
+            Request(data, validation=(str(corpus),)),
+            r"bytes: prepared with validation a part .*, asked for .*corpus",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            cached(tmp_path / "cache", request)
+
+
 def test_the_standard_library_takes_seconds(tmp_path: Path) -> None:
     begin = time.monotonic()
     out = prepare(tmp_path / "out", Request())

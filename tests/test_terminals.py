@@ -120,6 +120,7 @@ def test_names_that_are_no_unicode(tmp_path: Path) -> None:
         assert code == 2 and err.startswith("error: no \\udcff.txt")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "environment",
     [

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, WEIGHTS, CheckpointError, latest, load, restore_into
 from engine.command import typed
 from engine.data.prompt import prompt_ids
-from engine.data.tokenizer import load_tokenizer
+from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.output import printable
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
@@ -50,6 +50,8 @@ class Generate:
     """The step to use instead of the newest."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not in the run's folder."""
+    eos: str | None = None
+    """With --tokenizer: the token, or its id, that ends a document, if not the one that the files beside it name."""
     device: str | None = None
     """Default: cuda if there is one, else cpu."""
 
@@ -98,15 +100,15 @@ def _is_in_products(folder: Path) -> bool:
         return (content.metadata() or {}).get("rso.form") == "products"
 
 
-def tokenizer_of(folder: Path) -> str:
-    """The tokenizer a checkpoint was trained with, as `load_tokenizer` takes it; the run's own copy if it has one."""
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer a checkpoint was trained with: the run's own copy if it has one, else what its config names."""
     if (folder.parent / TOKENIZER).is_dir():
-        return str(folder.parent / TOKENIZER)
+        return load_tokenizer(str(folder.parent / TOKENIZER))
     config = _read_json(folder / TRAINER).get("config")
-    spec = config.get("tokenizer") if isinstance(config, dict) else None
+    spec, eos = (config.get("tokenizer"), config.get("eos")) if isinstance(config, dict) else (None, None)
     if not isinstance(spec, str):
         raise CheckpointError(f"{folder / TRAINER}: config.tokenizer: got {spec!r}, expected a text; give --tokenizer")
-    return spec
+    return load_tokenizer(spec, eos)
 
 
 def text(ids: Sequence[int], new: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
@@ -132,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         device = _device(args.device)
         folder = find(args.run, args.checkpoint)
-        tokenizer = load_tokenizer(args.tokenizer or tokenizer_of(folder))
+        if args.eos is not None and args.tokenizer is None:
+            raise ValueError("--eos: a run knows its own end token; give it with --tokenizer only")
+        tokenizer = load_tokenizer(args.tokenizer, args.eos) if args.tokenizer else tokenizer_of(folder)
         model = load_model(folder, device)
         ids, remark = prompt_ids(tokenizer, args.prompt, model.config.max_position_embeddings)
         if remark:

@@ -71,8 +71,12 @@ def prepare(out: Path, request: Request, report: Report = lambda what, done, tot
 
 
 def cached(cache: Path, request: Request, report: Report = lambda what, done, total: None) -> Path:
-    """The prepared folder of `request` below `cache`, made if it is not there; data prepared already is returned."""
+    """The prepared folder of `request` below `cache`, made if it is not there; data prepared already is returned.
+
+    Raises UsageError also where that data was prepared with other settings than the request names.
+    """
     if len(request.data) == 1 and (ready := Path(request.data[0]).expanduser()).is_dir() and (ready / INDEX).exists():
+        _agrees(ready, request)
         return ready
     job = _Job(request, cache)
     name = hashlib.blake2b(json.dumps([SCHEMA, job.identity]).encode(), digest_size=8).hexdigest()
@@ -204,6 +208,28 @@ def _prepare(out: Path, job: _Job, report: Report) -> Path:
     for line in remarks:
         _remark(line, report)
     return out
+
+
+def _agrees(ready: Path, request: Request) -> None:
+    """Raises UsageError where a flag asks for something else than the folder holds; defaults ask for nothing."""
+    index = read_index(ready)
+    made = index["tokenizer"]
+    there: dict[str, object] = {"field": index["request"].get("field")}
+    asked: dict[str, object] = {}
+    if request.tokenizer != "byte":
+        there["tokenizer"], asked["tokenizer"] = made["fingerprint"], load_tokenizer(request.tokenizer).fingerprint
+    if request.eos is not None:
+        own = made["spec"] if made["spec"] == "byte" else str(ready / made["spec"])
+        there["eos"], asked["eos"] = made["eos"], load_tokenizer(own, request.eos).eos
+    if request.field != "text":
+        asked["field"] = request.field
+    if request.validation:
+        there["validation"], asked["validation"] = "a part of the data held out", ", ".join(request.validation)
+    for name, value in asked.items():
+        if value != there[name]:
+            raise UsageError(
+                f"{ready}: prepared with {name} {there[name]}, asked for {value}; leave it out, or prepare again"
+            )
 
 
 def _remark(line: str, report: Report) -> None:
