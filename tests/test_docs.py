@@ -87,6 +87,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.run
 @with_blocks("python", "")
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
     scope: dict[str, Any] = {"__name__": "__main__"}
@@ -99,6 +100,7 @@ def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.run
 @with_blocks("sh", "python -m")
 def test_the_commands_of_a_page_run(page: Path, folder: Path) -> None:
     for block in blocks(page.read_text()):
