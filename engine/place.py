@@ -1,5 +1,6 @@
 """Where a run lives: its device, its folder, and the checkpoint that it goes on from."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ def place(
     given, out = None, Path(config.out) if config.out else None
     if config.resume not in ("never", "auto"):
         given = Path(config.resume)
-        if not (given / checkpoint.TRAINER).exists():
+        if not os.path.exists(given / checkpoint.TRAINER):  # False where the name is too long
             given = newest(given, say)
             if given is None:
                 raise UsageError(

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from engine import checkpoint, output, signals
+from engine import checkpoint, output, paths, signals
 from engine.checkpoint import CheckpointError
 from engine.command import pasted, program
 from engine.compile import can_compile
@@ -293,6 +293,9 @@ def main(parse: Callable[[], Config], run: Callable[[Config], object]) -> None:
             code, line = 5, f"error: {error}"
         except (Interrupted, signals.Ended) as signal:
             code, line = signal.code, str(signal)
+        except OSError as error:
+            what = error.filename or "a file"
+            code, line = paths.code(error), f"error: {what}: {error.strerror or error}; make room, or name another file"
         except KeyboardInterrupt:
             code, line = 130, "interrupted; nothing was saved after the last checkpoint"
         else:

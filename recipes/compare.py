@@ -199,6 +199,6 @@ if __name__ == "__main__":
     try:
         config = tyro.cli(Compare, prog=typed(), args=sys.argv[1:end], description=__doc__)
         compare(config, sys.argv[end + 1 :], Console(soft_wrap=True))
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from engine.checkpoint.lock import claim, claim_new
 from engine.command import pasted, program, typed
 from engine.metrics import read
 from tools.plot import loss_curve
@@ -30,8 +31,12 @@ class Demo:
 
 def demo(config: Demo) -> None:
     """Three runs of the same length on the same data, a table and a picture."""
-    tried = (Path("runs/demo") if i == 1 else Path(f"runs/demo-{i}") for i in range(1, 10_000))
-    out = config.out or next(path for path in tried if not path.exists())
+    with claim(config.out) if config.out else claim_new(Path("runs/demo")) as out:
+        _demo(config, out)
+
+
+def _demo(config: Demo, out: Path) -> None:
+    """In a folder that is this process's own."""
     common: dict[str, Any] = {"steps": config.steps, "eval_every": 20}
     runs = {
         "SUMO": replace(sumo.PRESETS["demo"][1], out=out / "sumo", **common),

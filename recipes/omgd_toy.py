@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from engine.checkpoint.lock import claim
 from optimizers.contract import UsageError
 from optimizers.random import fold
 from optimizers.wrappers.traversal import Traversal, coordinates, traversal
@@ -115,9 +116,14 @@ def toy(config: Toy) -> dict[str, Rate]:
             f"--steps must be at least 20 epochs, --seeds at least 1, --dimension even: got {config.steps} steps of "
             f"{config.samples} samples, {config.seeds} seeds, {config.dimension} coordinates"
         )
+    with claim(config.out):  # before the work
+        return _toy(config)
+
+
+def _toy(config: Toy) -> dict[str, Rate]:
+    """In a folder that is this process's own."""
     steps, squared = distances(config)
     found = rates(steps, squared)
-    config.out.mkdir(parents=True, exist_ok=True)
     picture = draw_toy(config.out / "toy.png", steps, squared, found)
     numbers = {way: rate._asdict() for way, rate in found.items()}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

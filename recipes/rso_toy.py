@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from engine.checkpoint.lock import claim
 from optimizers.apply import refresh
 from optimizers.contract import Group, Hyper, Params, UsageError
 from optimizers.linalg import lift, project, svd_basis
@@ -116,6 +117,12 @@ def toy(config: Toy) -> None:
     """Both toy problems: two tables and a picture."""
     if config.steps < 100:
         raise UsageError(f"--steps must be at least 100, got {config.steps}")
+    with claim(config.out):  # before the work
+        _toy(config)
+
+
+def _toy(config: Toy) -> None:
+    """In a folder that is this process's own."""
     console = Console(soft_wrap=True)
     bound, means = least_squares(config.seed)
     table = Table(title="least squares, mean ||grad f||² over 400 subproblems solved exactly", box=SIMPLE_HEAD)
@@ -137,7 +144,6 @@ def toy(config: Toy) -> None:
         last = norms[-max(1, len(norms) // 10) :]
         table.add_row(method, f"{norms[-1]:.2g}", f"{sum(last) / len(last):.2g}")
     console.print(table)
-    config.out.mkdir(parents=True, exist_ok=True)
     console.print(f"picture {picture(config.out / 'counterexample.png', curves, every)}", highlight=False)
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,11 +33,12 @@ from engine.data.prepare import Request, cached
 from engine.kernel import Kernel, make_kernel
 from engine.memory import counted_peak
 from engine.output import printable
+from engine.paths import writable
 from engine.segments import cut
 from engine.step import Step
 from models.layers import attach
 from models.llama import PRESETS, Llama, LlamaConfig
-from optimizers.contract import Group, Optimizer, Rule, state_bytes
+from optimizers.contract import Group, Optimizer, Rule, UsageError, state_bytes
 from optimizers.linalg import project, range_basis, svd_basis
 from optimizers.linalg.polar import METHODS, by_svd, polar
 from optimizers.partition import partition
@@ -468,6 +470,18 @@ def main(config: AnyBench) -> None:
         bench_stagger(config)
 
 
+def asked(config: Bench) -> int:
+    """From the command line; returns the exit code."""
+    try:
+        if config.json:
+            writable(config.json, "--json")
+        main(config)
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
 if __name__ == "__main__":
     printable()
-    main(tyro.cli(Bench, prog=typed(), description=__doc__))
+    raise SystemExit(asked(tyro.cli(Bench, prog=typed(), description=__doc__)))

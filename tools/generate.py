@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except CheckpointError as error:
         return _fail(error, 5)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a path that cannot be looked at
         return _fail(error, 2)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         return _fail(error, 1)

@@ -42,6 +42,7 @@ from engine.command import typed
 from engine.inspection import Look, compared, look
 from engine.output import printable
 from engine.ownership import Who, described, read_rules
+from engine.paths import writable
 from optimizers.contract import PARKED, Optimizer, Params, Slots, UsageError
 from optimizers.wrappers.traversal import describe
 
@@ -69,7 +70,7 @@ class Inspect:
 
 def find(path: Path) -> Path:
     """The checkpoint folder that is meant; damaged ones that are passed over are named on stderr."""
-    if (path / checkpoint.TRAINER).exists() or checkpoint.STEP.fullmatch(path.name):
+    if os.path.exists(path / checkpoint.TRAINER) or checkpoint.STEP.fullmatch(path.name):
         return path
     found = checkpoint.latest(path)
     for folder, why in found.damaged:
@@ -194,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (args.path is None) != bool(args.fresh):
             raise UsageError("expected the PATH of a run or a checkpoint, or --fresh and a recipe; one of the two")
+        if args.png:
+            writable(args.png, "--png")
         if args.path is None:
             return _ask(args)
         write(inspect(args.path, args.compare, args.match), args.json, args.png)

@@ -16,6 +16,7 @@ import tyro
 
 from engine.command import typed
 from engine.output import printable
+from engine.paths import code, writable
 from optimizers.contract import UsageError
 
 Curve = tuple[list[int], list[float]]  # steps, values
@@ -212,6 +213,7 @@ def plot(options: Plot) -> Path:
     """Read every run and draw them together."""
     if not options.runs:
         raise UsageError("no run given; name at least one folder that holds a metrics.jsonl")
+    writable(options.out, "--out")
     unique = len({run.resolve().name for run in options.runs}) == len(options.runs)
     names = {run.resolve().name if unique else str(run): run for run in options.runs}
     train, held_out = (
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return code(error)
     return 0
 
 

@@ -57,11 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(Prepare, prog=typed(), args=arguments, description=__doc__)
     bar = Bar(Console())
     try:
+        config.out.mkdir(parents=True, exist_ok=True)
         with bar.progress:
             out = prepare(config.out, config.request, bar)
         index = read_index(out)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        file = "" if error.filename in (None, str(config.out)) else f" ({error.filename})"
+        what = f"OUT {config.out}: cannot be made: {error.strerror or error}{file}"
+        print(f"error: {what}; make room, or name another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

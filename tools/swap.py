@@ -10,6 +10,7 @@ length, model and the rest of the bookkeeping are SRC's. Weights that an optimiz
 Exit codes: 0 done, 1 failure, 2 bad arguments, 5 a checkpoint that cannot be used.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def swap(config: Swap) -> int:
     """Run the recipe as a process that converts, saves and stops; returns its exit code. Raises UsageError,
     CheckpointError."""
     path: Path | None = config.source
-    if not (config.source / checkpoint.TRAINER).exists():
+    if not os.path.exists(config.source / checkpoint.TRAINER):
         path = checkpoint.latest(config.source).path
         if path is None:
             raise CheckpointError(f"{config.source}: no whole checkpoint in it; give a run or a step folder")

@@ -18,8 +18,14 @@ STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")
 
 
 def steps(root: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; what a killed save had set aside comes before what takes its place."""
-    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    """Checkpoint folders, oldest first; what a killed save had set aside comes before what takes its place.
+
+    Raises CheckpointError where the folder cannot be read.
+    """
+    try:
+        folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be read: {error.strerror or error}") from None
     found = [(int(match[1]), path.name[0] != ".", path) for path in folders if (match := STEP.fullmatch(path.name))]
     return [path for *_, path in sorted(found)]
 
