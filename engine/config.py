@@ -1,4 +1,4 @@
-"""What every run can be told: the fields are the flags of every recipe, the strings under them their help."""
+"""What every run can be told: the fields are flags of every recipe, the strings under them their help."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,29 +15,10 @@ Precision = Literal["fp32", "bf16", "bf16-sr", "mixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Data, length, precision and bookkeeping of a run. Optimizer and model are the recipe's."""
+    """Length, precision and bookkeeping of a run. Model and data are the task's; the optimizer is the caller's."""
 
-    data: tuple[str, ...] = ()
-    """Text to train on: .txt .md .py ..., or rows in .jsonl .json .csv .tsv .parquet .arrow, each also as .gz .xz .bz2
-    or .zst; folders and globs of these; or a folder made by tools.prepare. Without it: the sources of this Python's
-    standard library."""
-    validation: tuple[str, ...] = ()
-    """Held-out text. Without it, a part of the documents of `data` is set aside and never trained on."""
-    field: str = "text"
-    """The field, or column, of a row that holds its text."""
-    allow_malformed: float = 0.0
-    """The share of the rows that may be malformed and left out; 0 stops at the first."""
-    tokenizer: str = "byte"
-    """"byte", or a path: tokenizer.json, a vocab.bpe + encoder.json pair, vocab.txt, a sentencepiece .model, or the
-    folder that holds one of them."""
-    eos: str | None = None
-    """The token, or its id, that ends every document; by default what the files beside the tokenizer name."""
-    allow_unknown: float = 0.01
-    """The share of the text's characters that the tokenizer may be unable to say; above it nothing is trained."""
-    sequence: int = 256
-    """Tokens per sequence."""
     micro_batch: int = 8
-    """Sequences that go through the model at once."""
+    """Rows (sequences, examples) that go through the model at once."""
     accumulation: int = 1
     """Micro-batches per optimizer step."""
     steps: int = 300
@@ -78,8 +59,6 @@ class RunConfig:
     nothing: a new pass over the data begins, in the new order."""
     eval_every: int = 100
     """Steps between evaluations on held-out text; one more follows the last step."""
-    eval_windows: int = 64
-    """Held-out sequences per evaluation."""
     save_every: int = 1000
     """Steps between checkpoints; one more follows the last step."""
     keep_last: int = 2
@@ -100,7 +79,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises UsageError where a field makes no sense. Not in __post_init__: tyro would print its own box then."""
-        for name in ("sequence", "micro_batch", "accumulation", "steps", "eval_every", "eval_windows", "save_every"):
+        for name in ("micro_batch", "accumulation", "steps", "eval_every", "save_every"):
             self.at_least(name, 1)
         for name in ("keep_last", "log_every"):
             self.at_least(name, 1)
@@ -134,7 +113,18 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-SHARED = ("model", "size", "prompt")  # flags of every recipe that are no optimizer's
+TEXT = (
+    "data",
+    "validation",
+    "field",
+    "allow_malformed",
+    "tokenizer",
+    "eos",
+    "allow_unknown",
+    "sequence",
+    "eval_windows",
+)
+SHARED = (*TEXT, "eval_windows", "model", "size", "prompt")  # flags of every recipe that are no optimizer's
 PLACED = ("out", "resume", "compile")  # where and how, which is not carried over
 
 

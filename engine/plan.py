@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optimizers.contract import Optimizer, Params, Rule, Slots, State
 from optimizers.random import Key
 
-from .config import RunConfig
 from .fused import fused
 from .kernel import Kernel
 from .segments import Batch, Segment
 from .step import Step
 from .tally import Peak, Tally
+from .tasks.config import LanguageConfig
 
 CONTEXT = 500 * 2**20  # what a CUDA context and its libraries take beside tensors; an assumption, it differs by device
 LAYERS = 2**12  # more things than masks choose among, fewer than a tensor has entries
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     state: int
 
 
-def plan(build: Callable[[], Built], config: RunConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
+def plan(build: Callable[[], Built], config: LanguageConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
     """The most that a run of `config` holds in tensors at `steps`; without any, at the first one, which builds all
     bases, and the first that turns.
 
@@ -95,7 +95,7 @@ def _grown(few: Peak, more: Peak, times: int) -> Peak:
 
 
 def _simulated(
-    build: Callable[[], Built], config: RunConfig, device: str, steps: Sequence[int], counts: Sequence[int]
+    build: Callable[[], Built], config: LanguageConfig, device: str, steps: Sequence[int], counts: Sequence[int]
 ) -> tuple[list[dict[str, Peak]], int]:
     """Peaks by moment of `steps` with each of these numbers of micro-batches; and the bytes of the fresh state."""
     cuda = device == "cuda"

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import typeguard
 
 from engine.checkpoint import Checkpoint, CheckpointError
-from engine.config import PLACED, RunConfig
+from engine.config import PLACED
+from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import Group, Optimizer, Params, Rule, UsageError
 from optimizers.partition import partition
@@ -35,7 +36,7 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunConfig):
+class TrainConfig(LanguageConfig):
     """Flags of every recipe that trains a LLaMA."""
 
     model: Literal["demo", "60m", "130m", "350m", "1b", "7b"] = "demo"

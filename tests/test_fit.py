@@ -41,6 +41,8 @@ def test_a_classifier_reports_its_accuracy_and_knows_no_tokens(tmp_path, capsys)
     assert "accuracy 0.9" in out and "examples/s" in out
     assert result["examples"] == 120 * 32 and result["eval/accuracy"] == done.metrics["accuracy"]
     assert [r["step"] for r in records if "eval/accuracy" in r] == [40, 80, 120]
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    assert not config.keys() & {"sequence", "tokenizer", "data", "validation", "eval_windows", "eos", "field"}
 
 
 def test_the_reported_metrics_are_those_of_the_module_in_eval_mode(tmp_path):

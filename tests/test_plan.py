@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import RunConfig
 from engine.memory import counted_peak
 from engine.plan import Built, Plan, cast, plan
 from engine.segments import cut
 from engine.step import Step
+from engine.tasks.config import LanguageConfig
 from models.layers import attach
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import Group, Optimizer, Rule, state_bytes
@@ -86,20 +86,20 @@ def built(method: str, shape: LlamaConfig, dtype: torch.dtype = torch.float32) -
     return Built(cut(model), params, optimizer)
 
 
-def settings(batch: int, tokens: int, **options) -> RunConfig:
-    return RunConfig(**(dict(micro_batch=batch, sequence=tokens, steps=100) | options))
+def settings(batch: int, tokens: int, **options) -> LanguageConfig:
+    return LanguageConfig(**(dict(micro_batch=batch, sequence=tokens, steps=100) | options))
 
 
-def precise(config: RunConfig) -> torch.dtype:
+def precise(config: LanguageConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision.startswith("bf16") else torch.float32
 
 
-def predicted(method: str, shape: LlamaConfig, config: RunConfig, *steps: int) -> Plan:
+def predicted(method: str, shape: LlamaConfig, config: LanguageConfig, *steps: int) -> Plan:
     gc.collect()  # what other tests left in cycles dies when it likes
     return plan(lambda: built(method, shape, precise(config)), config, steps=steps)
 
 
-def measured(method: str, shape: LlamaConfig, config: RunConfig, at: int) -> int:
+def measured(method: str, shape: LlamaConfig, config: LanguageConfig, at: int) -> int:
     """Weights, tables, state and batches, and the counted peak of a step above them, once earlier ones compiled it."""
     gc.collect()
     segments, params, optimizer = built(method, shape, precise(config))
@@ -300,7 +300,7 @@ def test_the_command_says_what_fits_and_its_exit_code_too():
 def test_a_proposal_is_planned_to_fit_and_is_the_mildest():
     config = settings(8, 32, compile="off")
 
-    def measure(config: RunConfig) -> Plan:
+    def measure(config: LanguageConfig) -> Plan:
         return predicted("adamw", TINY, config, 1)
 
     needs = {
