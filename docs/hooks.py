@@ -3,6 +3,7 @@
 Nothing lists the modules: a new file appears by itself.
 """
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def modules() -> list[str]:
 
 def on_config(config: Any) -> Any:
     """List the generated pages in the menu, a group per package."""
+    config.nav.append({"Every file in a line": "api/index.md"})
     for package in PACKAGES:
         own = [name for name in modules() if name.partition(".")[0] == package]
         config.nav.append({package: [{name: f"api/{name}.md"} for name in own]})
@@ -32,9 +34,24 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Generate the pages that are not in the folder."""
     files.append(File.generated(config, "index.md", content=front_page()))
+    files.append(File.generated(config, "api/index.md", content=overview()))
     for name in modules():
         files.append(File.generated(config, f"api/{name}.md", content=f"# {name}\n\n::: {name}\n"))
     return files
+
+
+def overview() -> str:
+    """Every module with what its docstring says first."""
+    lines = ["# Every file in a line"]
+    for name in modules():
+        base = ROOT.joinpath(*name.split("."))
+        file = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        first = " ".join(said.split("\n\n")[0].split()).replace("|", "/")
+        if "." not in name:
+            lines += ["", f"## {name}", "", "| | |", "|---|---|"]
+        lines.append(f"| [`{name}`]({name}.md) | {first} |")
+    return "\n".join(lines) + "\n"
 
 
 def front_page() -> str:
