@@ -46,6 +46,8 @@ class RunConfig:
     and computes in bf16. Second moments are fp32 always."""
     compile: Mode = "segments"
     """Compile segment by segment, or not at all."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions, searched in parameters' names: what matches is not trained, and has no optimizer state."""
     recompute: bool = False
     """Rebuild activations in backward instead of keeping them."""
     seed: int = 0

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from optimizers.contract import Optimizer, UsageError
+from optimizers.partition import freeze, trainable
 from optimizers.random import fold
 
 from . import checkpoint
@@ -97,11 +98,13 @@ def _step(task: Task, optimizer: Optimizer, config: RunConfig, device: torch.dev
     if config.precision.startswith("bf16"):
         model = model.to(torch.bfloat16)
     params: dict[str, Tensor] = dict(model.named_parameters())
-    if params.keys() != optimizer.owner.keys():
-        odd = sorted(params.keys() ^ optimizer.owner.keys())
+    freeze(params, config.freeze)
+    trained = trainable(params)
+    if trained.keys() != optimizer.owner.keys():
+        odd = sorted(trained.keys() ^ optimizer.owner.keys())
         raise UsageError(
-            f"optimizer: owns {len(optimizer.owner)} parameters, expected the {len(params)} of the model; they differ "
-            f"in {odd[:3]}: make it from dict(model.named_parameters())"
+            f"optimizer: owns {len(optimizer.owner)} parameters, expected the {len(trained)} of the model that "
+            f"train; they differ in {odd[:3]}: make it from dict(model.named_parameters()), with the same ones frozen"
         )
     options: dict[str, Any] = {
         "mode": config.compile,

@@ -35,16 +35,12 @@ LOOPS = {  # a result of their own, from operands computed on the way
 VIEWS = {aten._unsafe_view, aten._reshape_alias, operator.getitem}
 
 
-def fused(function: Callable[..., Any], tally: Tally, buffers: Mapping[str, Tensor] | None = None) -> Any:
-    """Stands in for `torch.compile(function)` on fake tensors: results of the same shapes, and the same memory.
-
-    `buffers`, tensors that the function would otherwise reach by itself, are passed to it under that name.
-    """
+def fused(function: Callable[..., Any], tally: Tally) -> Any:
+    """Stands in for `torch.compile(function)` on fake tensors: results of the same shapes, and the same memory."""
     graphs: dict[object, Callable[..., Any]] = {}
 
     def call(*args: Any) -> Any:
-        given = (*args, dict(buffers)) if buffers is not None else args
-        leaves, spec = tree_flatten(given)
+        leaves, spec = tree_flatten(args)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         kinds = [(x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
         key = (spec, torch.is_grad_enabled(), *kinds)

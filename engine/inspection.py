@@ -332,6 +332,8 @@ def scalars(params: Params, state: State, owner: Mapping[str, Group], factor: fl
     """`summary` of a model in training, as `optim/<rule>/<measure>`, a parameter at a time."""
     looks = []
     for name, p in params.items():
+        if name not in owner:  # frozen
+            continue
         parked = name not in state and PARKED + name in state
         slots = state.get(PARKED + name if parked else name)
         looks.append(look(name, p, slots, described(owner[name], factor), parked, rounded)._replace(spectra={}))

@@ -4,7 +4,8 @@ Weights, optimizer state and step are built as for training, without memory, and
 when. Nothing here repeats what the step, an optimizer or a model does, so nothing has to be kept equal to them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizers.contract import Optimizer, Params, Rule, Slots, State
+from optimizers.contract import Optimizer, Params, State
 from optimizers.random import Key
 
 from .fused import fused
-from .kernel import Kernel
-from .segments import Batch, Segment
+from .observer import Observer
+from .segments import Segment
 from .step import Step
 from .tally import Peak, Tally
 from .tasks.config import LanguageConfig
@@ -85,7 +86,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """What `model.to(dtype)` does to parameters; that refuses fake tensors which anybody refers to."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(p.to(dtype)))
+            setattr(module, name, nn.Parameter(p.to(dtype), p.requires_grad))
 
 
 def _grown(few: Peak, more: Peak, times: int) -> Peak:
@@ -109,9 +110,9 @@ def _simulated(
         step = Step(
             segments,
             params,
-            _watched(optimizer, tally),
+            optimizer,
             state,
-            mode="off",
+            mode=config.compile,
             recompute=config.recompute,
             clip=config.clip,
             clip_norm=config.clip_norm,
@@ -119,8 +120,9 @@ def _simulated(
             stochastic_rounding=config.precision == "bf16-sr",
             logits=2**26 if cuda else 2**24,
             key=Key(config.seed),
+            observer=_Watching(tally),
+            compiler=lambda function: fused(function, tally),
         )
-        _watch(step, tally, config.compile == "segments")
         groups = {group.name for group in optimizer.owner.values()}
         hypers = {name: {key: torch.zeros(()) for key in ("lr", "weight_decay")} for name in groups}
         shape = config.micro_batch, config.sequence
@@ -178,79 +180,19 @@ def _each(tell: Callable[[str, list[Tensor]], None], state: State) -> None:
         tell(kind, [t])
 
 
-def _watched(optimizer: Optimizer, tally: Tally) -> Optimizer:
-    """The optimizer, its refreshes counted as such."""
-    rules: dict[Rule, Rule] = {}
+class _Watching(Observer):
+    """Tells the tally what a step is doing, and what becomes of the tensors that it makes."""
 
-    def watched(rule: Rule) -> Rule:
-        rebuild = rule.refresh
-        if rebuild is None:
-            return rule
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
 
-        def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
-            with tally.doing("refresh", "refresh workspace"):
-                return rebuild(g, slots, key, only_missing)
+    @contextmanager
+    def doing(self, moment: str, part: str) -> Iterator[None]:
+        mark = self.tally.mark()
+        with self.tally.doing(moment, f"{part} workspace" if part in ("refresh", "update") else "workspace"):
+            yield
+        if part == "forward":
+            self.tally.name_since(mark, "activations")
 
-        return rules.setdefault(rule, rule._replace(refresh=refresh))
-
-    return optimizer._replace(owner={n: g._replace(rule=watched(g.rule)) for n, g in optimizer.owner.items()})
-
-
-def _watch(step: Step, tally: Tally, compiled: bool) -> None:
-    """Have the parts of a step say what they are doing, and what becomes of the tensors they return."""
-    chain = step.chain
-    forward, backward, head, kernel = chain.forward, chain.backward, chain.head, step.kernel
-    labels = [s.kind if s.kind != "block" else f"block {i - 1}" for i, s in enumerate(chain.segments)]
-    if compiled:
-        templates = {s.kind: s.module for s in reversed(chain.segments)}
-        for kind, module in templates.items():
-            chain.forwards[kind] = fused(chain.forwards[kind], tally, dict(module.named_buffers()))
-
-    def watched_forward(i: int, params: Params, x: Tensor | None, batch: Batch) -> Tensor:
-        moment, mark = f"forward of {labels[i]}", tally.mark()
-        if step.recompute and torch.is_grad_enabled():
-            moment = f"backward of {labels[i]}"
-        with tally.doing(moment, "workspace"):
-            out = forward(i, params, x, batch)
-        tally.name_since(mark, "activations")
-        tally.name("residual stream", [out])
-        return out
-
-    def watched_backward(
-        i: int, params: Params, out: Tensor, x: Tensor | None, g: Tensor
-    ) -> tuple[Tensor | None, Params]:
-        with tally.doing(f"backward of {labels[i]}", "workspace"):
-            gx, grads = backward(i, params, out, x, g)
-        tally.name("residual stream", [gx])
-        tally.name("gradients", grads.values())
-        return gx, grads
-
-    def watched_head(
-        params: Params, x: Tensor | None, batch: Batch, scale: Tensor
-    ) -> tuple[Tensor, Tensor | None, Params]:
-        with tally.doing("head", "workspace"):
-            loss, gx, grads = head(params, x, batch, scale)
-        tally.name("residual stream", [gx])
-        tally.name("gradients", grads.values())
-        return loss, gx, grads
-
-    kernels: dict[int, Kernel] = {}
-
-    def watched_kernel(names: tuple[str, ...]) -> Kernel:
-        plain = kernel(names)
-        run = kernels.setdefault(id(plain), fused(plain, tally) if compiled else plain)
-
-        def watched(*args: Any) -> Tensor:
-            with tally.doing("update", "update workspace"):
-                squares: Tensor = run(*args)
-            return squares
-
-        return watched
-
-    for owner, name, function in (
-        (chain, "forward", watched_forward),
-        (chain, "backward", watched_backward),
-        (chain, "head", watched_head),
-        (step, "kernel", watched_kernel),
-    ):
-        setattr(owner, name, function)
+    def made(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
+        self.tally.name(kind, tensors)

@@ -30,6 +30,10 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
             f"{group.lr:g}",
             f"{group.weight_decay:g}",
         )
+    if still := [name for name in params if name not in optimizer.owner]:
+        shapes, elements = len({params[n].shape for n in still}), sum(params[n].numel() for n in still)
+        names = "\n".join(still[:4]) + (f"\nand {len(still) - 4} more" if len(still) > 4 else "")
+        table.add_row("frozen", names, str(len(still)), str(shapes), "-", f"{elements:,}", "0.0", "-", "-")
     total = total_bytes(state)
     weights = sum(p.numel() * p.element_size() for p in params.values())
     elements = sum(p.numel() for p in params.values())

@@ -68,9 +68,15 @@ def restore(
             f"{saved.path / checkpoint.TRAINER}: edited, position {progress.position} is not {progress.units} "
             f"{task.unit}; take another checkpoint"
         )
+    if source is None and list(was.get("freeze", ())) != list(config.freeze):
+        raise CheckpointError(
+            f"{saved.path}: was trained with --freeze {list(was.get('freeze', ()))}, got {list(config.freeze)}; resume "
+            "with what it was trained with, or give what is frozen no more a fresh state with --swap"
+        )
     expected = _expected(saved, source or step.optimizer, step.params)
-    _check_model(saved, step.params, task.model_config())
-    checkpoint.restore_into(step.params, saved.params)
+    weights = {**step.params, **step.buffers}
+    _check_model(saved, weights, task.model_config())
+    checkpoint.restore_into(weights, saved.params)
     copies: dict[int, Tensor] = {}  # slots that two tensors share stay one
     state: State = {}
     converted: list[Row] = []

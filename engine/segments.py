@@ -6,61 +6,58 @@ them needs nothing of the others, and its gradients can be used and freed before
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from models.segment import IGNORED, Loss
+from models.segment import Batch as Batch
+from models.segment import Segment as Segment
 from optimizers.contract import Params, UsageError
+from optimizers.random import Key
 
-from .compile import compiled
+from . import alike
+from .draws import Draws
+from .observer import Observer
 
-Batch = dict[str, Tensor]
-Call = Callable[[nn.Module, Tensor | None, Batch], Tensor]
+Objective = Callable[[nn.Module, Batch], Tensor | Loss]
+Compiler = Callable[["Forward"], "Forward"]
 
 
 class Forward(Protocol):
-    """A segment's forward with parameters given by their names in its module, and with these buffers or its own."""
+    """A segment's forward with parameters and buffers given by their names in its module."""
 
-    def __call__(self, params: Params, x: Tensor | None, batch: Batch, buffers: Params | None = None) -> Tensor: ...
-
-
-class Segment(Protocol):
-    """What a model's `segments()` gives; `models.segment.Segment` says what the fields mean."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def names(self) -> Mapping[str, str]: ...
-    @property
-    def call(self) -> Call: ...
-    @property
-    def tokens(self) -> bool: ...
+    def __call__(self, params: Params, x: Tensor | None, batch: Batch, buffers: Params) -> Tensor | Loss: ...
 
 
-class Whole(NamedTuple):
-    """Any module as a chain of one; `call(module, None, batch)` returns the mean loss of the batch, 0-d."""
+class Head(NamedTuple):
+    """What the last segment gives for one micro-batch.
 
-    module: nn.Module
-    names: Mapping[str, str]
-    call: Call
-    kind: str = "model"
-    tokens: bool = False
+    `loss` (0-d float32) and gradients are those of the mean; or, where `targets` (0-d float32) says of how many, of the
+    sum.
+    `g` is the gradient of its input, `grads` are those of its parameters.
+    """
+
+    loss: Tensor
+    targets: Tensor | None
+    g: Tensor | None
+    grads: Params
 
 
-def cut(model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> Sequence[Segment]:
-    """The segments of `model`: its own `segments()`, or, given `loss(module, batch) -> 0-d mean loss`, a chain of one.
+def cut(model: nn.Module, loss: Objective | None = None) -> Sequence[Segment]:
+    """The segments of `model`: its own `segments()`, or, given a loss, a chain of one.
 
-    Raises UsageError where a module without `segments()` comes without a loss.
+    `loss(module, batch)` returns the sum of the loss and the number of its targets, or, where no step has more than one
+    micro-batch, the mean, 0-d. Raises UsageError where a module without `segments()` comes without a loss.
     """
     if loss is not None:
         objective = loss
         names = {name: name for name, _ in model.named_parameters()}
-        return [Whole(model, names, lambda module, _, batch: objective(module, batch))]
+        buffers = {name: name for name, _ in model.named_buffers()}
+        return [Segment("model", model, names, lambda module, _, batch: objective(module, batch), buffers=buffers)]
     if not hasattr(model, "segments"):
         raise UsageError(f"{type(model).__name__} has no segments(); pass loss=... to train it as a chain of one")
     own: Callable[[], Sequence[Segment]] = model.segments  # type: ignore[assignment]
@@ -68,21 +65,47 @@ def cut(model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor] | None = No
 
 
 class Chain:
-    """The segments with their compiled forwards, and gradients one segment at a time."""
+    """The segments with their forwards, compiled or not, and gradients one segment at a time.
+
+    Modules train in training mode and are evaluated in evaluation mode, whatever mode the user's module is in. But what
+    was in evaluation mode when the chain was made, while another part of the model was not, stays in it.
+    """
 
     def __init__(
-        self, segments: Sequence[Segment], compile: bool, compute_dtype: torch.dtype | None = None, logits: int = 2**24
+        self,
+        segments: Sequence[Segment],
+        compiler: Compiler | None = None,
+        compute_dtype: torch.dtype | None = None,
+        logits: int = 2**24,
+        draws: Draws | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        """`compute_dtype` casts parameters inside a forward. `logits` bounds the logits alive at once."""
+        """`compute_dtype` casts parameters inside a forward. `logits` bounds the logits alive at once.
+
+        Raises UsageError where a buffer that is state has no full name.
+        """
         self.segments, self.logits, self.last = segments, logits, len(segments) - 1
+        self.draws, self.observer = draws or Draws(torch.device("cpu")), observer or Observer()
+        self.kinds, self.apart = alike.kinds(segments)
+        self.labels = [
+            f"{s.kind} {[t.kind for t in segments[:i]].count(s.kind)}" if _several(segments, s.kind) else s.kind
+            for i, s in enumerate(segments)
+        ]
         self.forwards: dict[str, Forward] = {}
-        self.buffers: dict[str, Params] = {}  # those that are state, which a forward may write to
-        for segment in segments:
-            if segment.kind not in self.forwards:
-                forward = _make_forward(segment, compute_dtype)
-                self.forwards[segment.kind] = compiled(forward) if compile else forward
-                state = segment.module.state_dict(keep_vars=True)
-                self.buffers[segment.kind] = {n: b for n, b in segment.module.named_buffers() if n in state}
+        whole = any(m.training for s in segments for m in s.module.modules())
+        self._modes: list[tuple[nn.Module, bool]] = []  # every module of the templates, and whether it trains
+        self.training: bool | None = None
+        for kind, segment in zip(self.kinds, segments, strict=True):
+            if kind not in self.forwards:
+                caller = _Caller(segment.module, segment.call)
+                self._modes += [(m, m.training or not whole) for m in caller.module.modules()]
+                forward = _make_forward(caller, compute_dtype)
+                self.forwards[kind] = compiler(forward) if compiler else forward
+        self.train()
+        self.buffers = [dict(segment.module.named_buffers()) for segment in segments]
+        full = [_state_names(segment) for segment in segments]
+        self.stateful = [{n: b for n, b in self.buffers[i].items() if n in full[i]} for i in range(len(segments))]
+        self.state = {full[i][n]: b for i, own in enumerate(self.stateful) for n, b in own.items()}
         self.names = list(dict.fromkeys(full for s in segments for full in s.names.values()))
         # A tied parameter belongs to the first segment that names it; later ones hand their gradient down to it.
         owner = {full: i for i in reversed(range(len(segments))) for full in segments[i].names.values()}
@@ -90,70 +113,190 @@ class Chain:
             tuple(n for n in dict.fromkeys(s.names.values()) if owner[n] == i) for i, s in enumerate(segments)
         ]
 
+    def train(self, mode: bool = True) -> None:
+        """Put every template into training mode or evaluation mode."""
+        if self.training is not mode:
+            self.training = mode
+            for module, trains in self._modes:
+                module.training = mode and trains
+
     def lowest(self, params: Params) -> int:
         """The first segment with something to train, or the last: nothing below it needs a backward."""
         trains = (any(params[full].requires_grad for full in segment.names.values()) for segment in self.segments)
         return next((i for i, trained in enumerate(trains) if trained), self.last)
 
-    def forward(self, i: int, params: Params, x: Tensor | None, batch: Batch) -> Tensor:
-        """Output of segment i; `params` holds the whole model's."""
-        segment = self.segments[i]
-        return self.forwards[segment.kind]({own: params[full] for own, full in segment.names.items()}, x, batch)
+    def forward(self, i: int, params: Params, x: Tensor | None, batch: Batch, instead: Params | None = None) -> Tensor:
+        """Output of segment i, not the last; `params` holds the whole model's.
+
+        `instead` are buffers to use for its own ones of those names: it is then a second forward, for backward.
+        """
+        part = "forward" if instead is None else "backward"
+        out = self._run(i, params, x, batch, {**self.buffers[i], **(instead or {})}, part)
+        assert isinstance(out, Tensor), f"{self.labels[i]}: a segment that is not the last returns a tensor"
+        self.observer.made("residual stream", [out])
+        return out
+
+    def _run(
+        self, i: int, params: Params, x: Tensor | None, batch: Batch, buffers: Params, part: str = "forward"
+    ) -> Tensor | Loss:
+        own = {own: params[full] for own, full in self.segments[i].names.items()}
+        with self.observer.doing(f"{part} of {self.labels[i]}", "forward"):
+            return self.forwards[self.kinds[i]](own, x, batch, buffers)
+
+    def _loss(self, params: Params, x: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The last segment's loss, and its count if it says one (0-d float32)."""
+        out = self._run(self.last, params, x, batch, self.buffers[self.last])
+        if isinstance(out, Tensor):
+            return out, None
+        loss, count = out
+        if isinstance(count, Tensor):
+            return loss, count.detach().float()
+        return loss, torch.full((), float(count), device=loss.device)
 
     def backward(
         self, i: int, params: Params, out: Tensor, x: Tensor | None, g: Tensor
     ) -> tuple[Tensor | None, Params]:
-        """Gradients of segment i with respect to its input x (a leaf, or None) and to its trainable parameters."""
-        trainable = {n: params[n] for n in dict.fromkeys(self.segments[i].names.values()) if params[n].requires_grad}
-        leaves = [*([x] if x is not None and x.requires_grad else []), *trainable.values()]
-        if not leaves:
-            return None, {}
-        grads = list(torch.autograd.grad(out, leaves, g))
-        gx = grads.pop(0) if len(grads) > len(trainable) else None
-        return gx, dict(zip(trainable, grads, strict=True))
+        """Gradients of segment i with respect to its input x (a leaf, or None) and to its trainable parameters.
 
-    def head(
-        self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor
-    ) -> tuple[Tensor, Tensor | None, Params]:
-        """Loss and gradients of the last segment, a slice of tokens at a time, so that not all logits exist at once."""
-        if x is None or not self.segments[-1].tokens:
-            x = leaf(x)
-            loss = self.forward(self.last, params, x, batch)
-            return loss.detach() * scale, *self.backward(self.last, params, loss, x, scale.to(loss.dtype))
-        flat, targets = x.detach().flatten(0, -2), batch["targets"].flatten()
-        total, gx, grads = torch.zeros_like(scale), torch.empty_like(flat), Params()
-        for part in self.slices(params, len(flat)):
+        A parameter that the output does not depend on has none, as in plain PyTorch.
+        """
+        trainable = {n: params[n] for n in dict.fromkeys(self.segments[i].names.values()) if params[n].requires_grad}
+        below = [x] if x is not None and x.requires_grad else []
+        if not (below or trainable):
+            return None, {}
+        with self.observer.doing(f"backward of {self.labels[i]}", "backward"):
+            leaves = [*below, *trainable.values()]
+            grads: list[Tensor | None] = [None] * len(leaves)
+            if out.requires_grad:
+                grads = list(torch.autograd.grad(out, leaves, g, allow_unused=True))
+            gx = grads.pop(0) if below else None
+            if below and gx is None:
+                gx = torch.zeros_like(below[0])
+            found = {name: own for name, own in zip(trainable, grads, strict=True) if own is not None}
+        self.observer.made("residual stream", [gx])
+        self.observer.made("gradients", found.values())
+        return gx, found
+
+    def head(self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor, alone: bool = True) -> Head:
+        """Loss and gradients of the last segment, a slice of tokens at a time, so that not all logits exist at once.
+
+        `scale` multiplies a loss without a count, `alone` says that the step has no other micro-batch. Raises
+        UsageError for a mean over one micro-batch of several.
+        """
+        with self.observer.doing("head", "head"):
+            head = self._sliced(params, x, batch, scale) if self._slicing(x) else None
+            if head is None:
+                head = self._at_once(params, leaf(x), batch, scale, alone)
+        self.observer.made("residual stream", [head.g])
+        self.observer.made("gradients", head.grads.values())
+        return head
+
+    def _slicing(self, x: Tensor | None) -> bool:
+        return x is not None and self.segments[-1].tokens
+
+    def _at_once(self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor, alone: bool) -> Head:
+        loss, count = self._loss(params, x, batch)
+        if count is None and not alone:
+            raise UsageError(
+                "the loss is a mean, and a mean of means over micro-batches with unequal numbers of targets is not the "
+                "mean: return (sum, count) from the loss, two 0-d tensors, or use an accumulation of 1"
+            )
+        factor = scale if count is None else reciprocal(count) if alone else torch.ones_like(count)
+        g, grads = self.backward(self.last, params, loss, x, factor.to(loss.dtype))
+        return Head(loss.detach().float() * factor, None if alone else count, g, grads)
+
+    def _sliced(self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor) -> Head:
+        assert x is not None
+        flat, rows = x.detach().flatten(0, -2), _by_token(batch)
+        total, gx, grads, seen = torch.zeros_like(scale), torch.empty_like(flat), Params(), torch.zeros_like(scale)
+        count: Tensor | None = None
+        for part in self.slices(len(flat)):
             piece = flat[part].requires_grad_()
-            loss = self.forward(self.last, params, piece, {"targets": targets[part]})
-            g, own = self.backward(self.last, params, loss, piece, scale)
+            loss, count = self._loss(params, piece, {**batch, **{name: t[part] for name, t in rows.items()}})
+            factor = scale if count is None else torch.ones_like(scale)
+            g, own = self.backward(self.last, params, loss, piece, factor)
             assert g is not None
             gx[part] = g
-            accumulate(grads, own)
-            total += loss.detach() * scale
-        return total, gx.view_as(x), grads
+            accumulate(grads, own, False, g, factor)
+            total += loss.detach() * factor
+            if count is not None:
+                seen += count
+        return Head(total, None if count is None else seen, gx.view_as(x), grads)
 
     @torch.no_grad()
     def loss(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        """For evaluation: (summed loss, valid targets), or (mean loss, 1) where the chain's loss is a mean; 0-d."""
+        """In evaluation mode: (summed loss, valid targets), or (mean loss, 1) where the loss comes without a count."""
+        before = self.training
+        self.train(False)
+        try:
+            with self.draws.of(Key(0)):
+                return self._evaluated(params, batch)
+        finally:
+            self.train(bool(before))
+
+    def _evaluated(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         x: Tensor | None = None
         for i in range(self.last):
+            self.draws.seed(i)
             x = self.forward(i, params, x, batch)
-        if x is None or not self.segments[-1].tokens:
-            loss = self.forward(self.last, params, x, batch)
-            return loss, torch.ones_like(loss)
-        flat, targets = x.flatten(0, -2), batch["targets"].flatten()
-        parts = self.slices(params, len(flat))
-        losses = [self.forward(self.last, params, flat[part], {"targets": targets[part]}) for part in parts]
-        return torch.stack(losses).sum(), (targets >= 0).sum()
+        self.draws.seed(self.last)
+        if x is None or not self._slicing(x):
+            loss, count = self._loss(params, x, batch)
+            return loss, torch.ones_like(loss) if count is None else count
+        flat, rows = x.flatten(0, -2), _by_token(batch)
+        found = [
+            self._loss(params, flat[part], {**batch, **{name: t[part] for name, t in rows.items()}})
+            for part in self.slices(len(flat))
+        ]
+        counts = [count for _, count in found if count is not None]
+        return torch.stack([loss for loss, _ in found]).sum(), torch.stack(counts).sum() if counts else valid([batch])
 
-    def slices(self, params: Params, tokens: int) -> list[slice]:
+    def slices(self, tokens: int) -> list[slice]:
         """range(tokens) cut so that a slice has at most `logits` logits: equal slices where a nearby count allows it,
         because a ragged last one costs a graph of its own."""
-        vocabulary = max(params[n].shape[0] for n in self.segments[-1].names.values())
-        least = -(-tokens // max(1, self.logits // vocabulary))
+        least = -(-tokens // max(1, self.logits // max(1, self.segments[-1].vocabulary)))
         count = next((n for n in range(least, min(2 * least, tokens) + 1) if tokens % n == 0), least)
         size = -(-tokens // count)
         return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+
+def _several(segments: Sequence[Segment], kind: str) -> bool:
+    """Are there several of this kind, so that one has to be numbered?"""
+    return sum(s.kind == kind for s in segments) > 1
+
+
+def valid(batches: Sequence[Batch]) -> Tensor:
+    """The targets of these batches that are not IGNORED, 0-d."""
+    return torch.stack([(batch["targets"] != IGNORED).sum() for batch in batches]).sum()
+
+
+def reciprocal(count: Tensor) -> Tensor:
+    """1 / count, 0-d float32, or 0 where nothing was counted: nothing is learned from no targets."""
+    return torch.where(count > 0, 1 / count, 0.0).float()
+
+
+def _by_token(batch: Batch) -> Batch:
+    """The fields that say something of each token, flattened: those whose shape begins as that of the targets."""
+    shape = batch["targets"].shape
+    return {name: t.flatten(0, len(shape) - 1) for name, t in batch.items() if t.shape[: len(shape)] == shape}
+
+
+def _state_names(segment: Segment) -> dict[str, str]:
+    """The full names of the buffers that are state, by their names in the module. Raises UsageError without one."""
+    saved = segment.module.state_dict(keep_vars=True)
+    state = [name for name, _ in segment.module.named_buffers() if name in saved]
+    if segment.buffers is not None:
+        names = dict(segment.buffers)
+    else:
+        heads = {full.removesuffix(own) if full.endswith(own) else None for own, full in segment.names.items()}
+        prefix = heads.pop() if len(heads) == 1 else None
+        names = {} if prefix is None else {name: prefix + name for name in state}
+    if missing := [name for name in state if name not in names]:
+        raise UsageError(
+            f"{segment.kind}: buffer {missing[0]!r} is state, and has no full name; give it one in Segment.buffers, or "
+            "register it with persistent=False"
+        )
+    return {name: names[name] for name in state}
 
 
 def leaf(x: Tensor | None) -> Tensor | None:
@@ -161,10 +304,22 @@ def leaf(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().requires_grad_(x.is_floating_point())
 
 
-def accumulate(held: Params, more: Params) -> None:
-    """Add gradients to those already held, in place."""
+def accumulate(held: Params, more: Params, safe: bool = True, *shared: Tensor | None) -> None:
+    """Add gradients to those already held, in place.
+
+    Unless it is `safe` to hold them as they are, because nothing will be written to them, a gradient that shares its
+    memory with another one, with itself or with one of `shared` is copied first: of y = a + b both are one tensor.
+    """
+    taken = {t.untyped_storage()._cdata for t in shared if t is not None}
     for name, g in more.items():
-        held[name] = held[name].add_(g) if name in held else g
+        if name in held:
+            held[name].add_(g)
+            continue
+        storage = g.untyped_storage()._cdata
+        if not safe and (storage in taken or 0 in g.stride()):
+            g = g.contiguous() if 0 in g.stride() and storage not in taken else g.clone()
+        taken.add(storage)
+        held[name] = g
 
 
 class _Caller(nn.Module):
@@ -174,24 +329,25 @@ class _Caller(nn.Module):
     with that segment's parameters from those with others', and compile it twice. Buffers stay shared.
     """
 
-    def __init__(self, module: nn.Module, call: Call) -> None:
+    def __init__(self, module: nn.Module, call: Callable[[nn.Module, Tensor | None, Batch], Tensor | Loss]) -> None:
         super().__init__()
         shared = {id(b): b for b in module.buffers()}
         bare = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
         self.module, self._call = copy.deepcopy(module, {**shared, **bare}), call
 
-    def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor | None, batch: Batch) -> Tensor | Loss:
         return self._call(self.module, x, batch)
 
 
-def _make_forward(template: Segment, compute_dtype: torch.dtype | None) -> Forward:
-    caller = _Caller(template.module, template.call)
-
-    def forward(params: Params, x: Tensor | None, batch: Batch, buffers: Params | None = None) -> Tensor:
+def _make_forward(caller: _Caller, compute_dtype: torch.dtype | None) -> Forward:
+    def forward(params: Params, x: Tensor | None, batch: Batch, buffers: Params) -> Tensor | Loss:
         if compute_dtype is not None:
             params = {name: p.to(compute_dtype) for name, p in params.items()}
-        given = {**params, **(buffers or {})}
-        out: Tensor = functional_call(caller, {f"module.{name}": t for name, t in given.items()}, (x, batch))
+        given = {f"module.{name}": t for name, t in {**params, **buffers}.items()}
+        out: Tensor | Loss = functional_call(caller, given, (x, batch))
+        for name, b in buffers.items():  # functional_call leaves there what the module has put in a buffer's place
+            if (new := given[f"module.{name}"]) is not b:
+                b.copy_(new.detach())
         return out
 
     return forward

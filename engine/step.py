@@ -6,11 +6,11 @@
 Both give the same numbers, with activations stored or recomputed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimizers.contract import PARKED, Hyper, Optimizer, Params, State, UsageError, part
 from optimizers.random import Key, fold, word
@@ -18,8 +18,10 @@ from optimizers.random import Key, fold, word
 from . import passes
 from .bases import Missing
 from .compile import compiled
+from .draws import Draws
 from .kernel import Kernel, make_kernel
-from .segments import Batch, Chain, Segment
+from .observer import Observer
+from .segments import Batch, Chain, Segment, reciprocal, valid
 
 Mode = Literal["segments", "off"]
 Clip = Literal["none", "tensor", "global", "previous"]
@@ -60,14 +62,24 @@ class Step:
         stochastic_rounding: bool = False,
         logits: int = 2**24,
         key: Key = Key(0),  # noqa: B008 (an int)
+        observer: Observer | None = None,
+        compiler: Callable[[Any], Any] = compiled,
     ) -> None:
         """`params` holds the tensors to train under the full names that the segments use; `key` is that of all draws.
 
         `clip`: "tensor" bounds each gradient's norm by `clip_norm`; "global" the norm of all, for which all must exist
         before the first update; "previous" scales by what the previous step's global norm asks for, at no cost in
-        memory. Raises UsageError where segments and `params` do not name the same tensors.
+        memory. `observer` is told what the step does; `compiler` is what mode "segments" compiles with. A parameter
+        that no group owns is frozen: the segments see it, and nothing moves it.
+
+        Raises UsageError where segments and `params` do not name the same tensors, and for a parameter that requires a
+        gradient and is owned by nobody.
         """
-        self.chain = Chain(segments, mode == "segments", compute_dtype, logits)
+        self.device = next(iter(params.values())).device
+        self.observer, self.compiler = observer or Observer(), compiler if mode == "segments" else None
+        draws = Draws(self.device)
+        self.chain = Chain(segments, self.compiler, compute_dtype, logits, draws, self.observer)
+        self.buffers = self.chain.state  # those that are state, by full names: saved with the parameters
         self.params, self.optimizer, self.state = params, optimizer, state
         shown = self.view()
         if set(self.chain.names) != shown.keys():
@@ -76,29 +88,66 @@ class Step:
                 f"only the segments {sorted(set(self.chain.names) - shown.keys())[:3]}, "
                 f"only the parameters {sorted(shown.keys() - set(self.chain.names))[:3]}"
             )
-        self.mode, self.recompute, self.clip, self.key = mode, recompute, clip, key
+        lost = [n for n, p in params.items() if n not in optimizer.owner and p.requires_grad and _is_parameter(p)]
+        if lost:
+            raise UsageError(
+                f"parameter {lost[0]!r} requires a gradient, and is owned by no group of the optimizer; give it one, "
+                "or freeze it with requires_grad_(False)"
+            )
+        self.recompute, self.clip, self.key = recompute, clip, key
         self.stochastic_rounding = stochastic_rounding
-        self.device = next(iter(params.values())).device
+        groups = {group.name: group for group in optimizer.owner.values()}
+        self.hypers: dict[str, Hyper] = {
+            name: {
+                "lr": torch.full((), float(group.lr), device=self.device),
+                "weight_decay": torch.full((), float(group.weight_decay), device=self.device),
+            }
+            for name, group in groups.items()
+        }
+        self.count = 0  # the step that comes next
         self.clip_norm = torch.tensor(clip_norm, device=self.device)
         self.previous = torch.tensor(0.0, device=self.device)  # the last step's norm; part of a run's state
         self.missing = Missing(optimizer.owner, state)
         self._kernels: dict[object, Kernel] = {}
 
-    def __call__(self, batches: Sequence[Batch], hypers: Mapping[str, Hyper], step: int) -> Result:
-        """Train on `batches`, the micro-batches of step `step`; `hypers` holds 0-d lr and weight_decay by group."""
-        trainable, frozen = self.optimizer.view(self.params, self.state)
-        everything = {**frozen, **trainable}
-        for name, p in everything.items():
-            p.requires_grad_(name in trainable)
-        update = _Update(self, trainable, hypers, step)
-        scales = self._scales(batches)
+    def __call__(
+        self, batches: Sequence[Batch], hypers: Mapping[str, Hyper] | None = None, step: int | None = None
+    ) -> Result:
+        """Train on `batches`, the micro-batches of step `step` (by default the one after the last).
+
+        `hypers` holds 0-d lr and weight_decay by group, or some of them: the others are the groups' own. Raises
+        UsageError for a group that is not there, and for a loss that does not add over several micro-batches.
+        """
+        step = self.count if step is None else step
+        trainable, frozen = self._seen()
+        update = _Update(self, trainable, self._hypers(hypers or {}), step)
         run = passes.recomputed if self.recompute else passes.stored
-        loss = run(self.chain, everything, batches, scales, update.use)
+        self.chain.train()
+        with self.chain.draws.of(fold(self.key, "forward", step)):
+            loss = run(self.chain, {**frozen, **trainable}, batches, self._scale(batches), update.use)
+        self.count = step + 1
         return update.finish(loss)
+
+    def _seen(self) -> tuple[Params, Params]:
+        """The tensors that train now and those that do not, by the names that the segments use.
+
+        They are aliases: flags of the user's own parameters stay as they are.
+        """
+        trainable, frozen = self.optimizer.view(self.params, self.state)
+        held = {name for name in trainable if name in self.params and name not in self.optimizer.owner}
+        return (
+            {name: p.detach().requires_grad_() for name, p in trainable.items() if name not in held},
+            {name: p.detach() for name, p in {**frozen, **{name: trainable[name] for name in held}}.items()},
+        )
+
+    def _hypers(self, given: Mapping[str, Hyper]) -> Mapping[str, Hyper]:
+        if odd := given.keys() - self.hypers.keys():
+            raise UsageError(f"hypers: got a group {min(odd)!r}, expected some of {sorted(self.hypers)}")
+        return {name: {**own, **given[name]} if name in given else own for name, own in self.hypers.items()}
 
     def view(self) -> Params:
         """The tensors that the segments see now, by the names that they use."""
-        trainable, frozen = self.optimizer.view(self.params, self.state)
+        trainable, frozen = self._seen()
         return {**frozen, **trainable}
 
     @torch.no_grad()
@@ -128,12 +177,11 @@ class Step:
         """The parameters that these gradients move."""
         return [self.optimizer.moves.get(name, name) for name in names]
 
-    def _scales(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """What each micro-batch's loss is multiplied by: 1 / valid targets of the step, or 1 / count of means."""
+    def _scale(self, batches: Sequence[Batch]) -> Tensor:
+        """What a loss without a count is multiplied by: 1 / valid targets of the step, or 1 for a mean."""
         if not self.chain.segments[-1].tokens:
-            return [torch.tensor(1 / len(batches), device=self.device)] * len(batches)
-        valid = torch.stack([(batch["targets"] >= 0).sum() for batch in batches]).sum()
-        return [(1 / valid.clamp(min=1)).float()] * len(batches)
+            return torch.ones((), device=self.device)
+        return reciprocal(valid(batches))
 
     def kernel(self, names: tuple[str, ...]) -> Kernel:
         """The update of these parameters, shared by all sets of parameters with the same rules, shapes and dtypes."""
@@ -141,7 +189,7 @@ class Step:
         kind = rules, tuple((self.params[n].shape, self.params[n].dtype) for n in names)
         if kind not in self._kernels:
             kernel = make_kernel(rules, _scaling(self.clip))
-            self._kernels[kind] = kernel if self.mode == "off" else compiled(kernel)
+            self._kernels[kind] = self.compiler(kernel) if self.compiler else kernel
         return self._kernels[kind]
 
 
@@ -186,7 +234,8 @@ class _Update:
                 rule = self.step.optimizer.owner[name].rule
                 assert rule.refresh is not None, name
                 key = fold(self.step.key, name, self.count)
-                slots, ok = rule.refresh(g, state[name], key, name not in self.due)
+                with self.step.observer.doing("refresh", "refresh"):
+                    slots, ok = rule.refresh(g, state[name], key, name not in self.due)
                 for slot, value in slots.items():
                     if value is not state[name][slot]:
                         state[name][slot].copy_(value)
@@ -198,7 +247,8 @@ class _Update:
         held, hypers = [state[name] for name in names], [self.hypers[owner[name].name] for name in names]
         params = [self.step.params[name].detach() for name in names]
         kernel = self.step.kernel(tuple(names))
-        squares = kernel(list(grads.values()), held, params, hypers, self.bound, self._seeds(names))
+        with self.step.observer.doing("update", "update"):
+            squares = kernel(list(grads.values()), held, params, hypers, self.bound, self._seeds(names))
         self.squares.append((tuple(grads), squares))
 
     def _seeds(self, names: Sequence[str]) -> Tensor | None:
@@ -208,6 +258,11 @@ class _Update:
         words = [word(self.step.key, "rounding", name, self.count) for name in names]
         host = torch.tensor(words, dtype=torch.int32, pin_memory=self.step.device.type == "cuda")
         return host.to(self.step.device, non_blocking=True)
+
+
+def _is_parameter(p: Tensor) -> bool:
+    """Does `p` belong to a module, so that its flag says whether it is to be trained?"""
+    return isinstance(p, nn.Parameter)
 
 
 def _scaling(clip: Clip) -> Literal["none", "tensor", "scale"]:

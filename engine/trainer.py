@@ -170,7 +170,8 @@ class Trainer:
             "config": self.config.plain(),
         }
         model, merge = self.task.model_config(), self.step.optimizer.merge
-        self.saver.save(self.done, self.step.params, self.step.state, trainer, model, self._header(), merge)
+        weights = {**self.step.params, **self.step.buffers}
+        self.saver.save(self.done, weights, self.step.state, trainer, model, self._header(), merge)
         return self.out / f"step-{self.done:08d}"
 
     def _header(self) -> dict[str, str]:

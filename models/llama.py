@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import MLP, Attention, Block, Cache, Linear, RMSNorm, Rotary
-from .segment import Batch, Segment
+from .segment import IGNORED, Batch, Segment
 
-IGNORE = -100  # a target with this value is not predicted
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # we have no other
 
 
@@ -191,7 +190,7 @@ class Llama(nn.Module):
         """
         x, targets = self.model(input_ids).flatten(0, 1), targets.flatten()
         parts = zip(x.split(chunk), targets.split(chunk), strict=True)
-        return torch.stack([_summed(self.logits(h), t) for h, t in parts]).sum() / (targets != IGNORE).sum()
+        return torch.stack([_summed(self.logits(h), t) for h, t in parts]).sum() / (targets != IGNORED).sum()
 
     def caches(self, limit: int, batch: int = 1) -> list[Cache]:
         """One empty cache a layer, with room for `limit` tokens."""
@@ -212,7 +211,7 @@ class Llama(nn.Module):
                 Segment("block", layer, {n: f"model.layers.{i}.{n}" for n, _ in layer.named_parameters()}, block)
                 for i, layer in enumerate(self.model.layers)
             ),
-            Segment("head", Head(self.model.norm, lm_head), names, summed_loss, tokens=True),
+            Segment("head", Head(self.model.norm, lm_head), names, summed_loss, True, self.config.vocab_size),
         ]
 
 
@@ -232,4 +231,4 @@ def summed_loss(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
 
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")

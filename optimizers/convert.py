@@ -40,7 +40,8 @@ def convert(
     sizes = _sizes(params, state, source) if any(name.removeprefix(PARKED) not in state for name in fresh) else {}
     for name, slots in fresh.items():
         bare = name.removeprefix(PARKED)
-        old, new = source.owner[bare].rule, target.owner[bare].rule
+        new = target.owner[bare].rule
+        old = source.owner[bare].rule if bare in source.owner else new  # it was frozen
         held = state.get(bare, state.get(PARKED + bare, {}))
         size = sizes.get(_kind(bare))
         fresh[name], row = _one(bare, params[bare], held, slots, old, new, fold(key, "convert", bare), size)

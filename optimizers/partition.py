@@ -3,12 +3,39 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from .apply import updating
 from .contract import Group, Optimizer, Params, State, UsageError
 
 
-def route(names: Sequence[str], groups: Sequence[Group]) -> dict[str, Group]:
-    """Give every name to the first group with a matching pattern.
+def freeze(params: Params, patterns: Sequence[str]) -> None:
+    """Set requires_grad to False where one of these regular expressions is found in the name.
+
+    Raises UsageError where a pattern matches nothing, or nothing is left to train.
+    """
+    for pattern in patterns:
+        try:
+            matched = [p for name, p in params.items() if re.search(pattern, name)]
+        except re.error as error:
+            raise UsageError(f"freeze: {pattern!r} is no regular expression: {error}") from None
+        if not matched:
+            raise UsageError(
+                f"freeze: pattern {pattern!r} matches no parameter; the names look like {list(params)[:3]}"
+            )
+        for p in matched:
+            p.requires_grad_(False)
+    if patterns and not trainable(params):
+        raise UsageError(f"freeze: {list(patterns)} match every parameter, so there is nothing to train; freeze fewer")
+
+
+def trainable(params: Params) -> Params:
+    """Those that are not frozen: a module's parameter is where its requires_grad is False."""
+    return {n: p for n, p in params.items() if p.requires_grad or not isinstance(p, nn.Parameter)}
+
+
+def route(names: Sequence[str], groups: Sequence[Group], frozen: Sequence[str] = ()) -> dict[str, Group]:
+    """Give every name to the first group with a matching pattern. `frozen` names may be matched, and get no owner.
 
     Raises UsageError where a pattern matches nothing, a group ends up with nothing, or a name has no owner.
     """
@@ -25,11 +52,11 @@ def route(names: Sequence[str], groups: Sequence[Group]) -> dict[str, Group]:
             )
     for group in groups:
         for pattern in group.match:
-            if not any(re.search(pattern, name) for name in names):
+            if not any(re.search(pattern, name) for name in (*names, *frozen)):
                 raise UsageError(
                     f"pattern {pattern!r} of {group.name!r} matches no parameter; the names look like {list(names)[:3]}"
                 )
-        if group not in owner.values():
+        if group not in owner.values() and not any(re.search(p, name) for p in group.match for name in frozen):
             raise UsageError(
                 f"group {group.name!r} owns nothing: earlier groups already own all that {list(group.match)} match"
             )
@@ -50,12 +77,16 @@ def stagger(sizes: Mapping[str, int], gap: int) -> dict[str, int]:
 
 
 def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -> Optimizer:
-    """An optimizer that gives every parameter to one group and trains all of them all the time.
+    """An optimizer that gives every parameter to one group and trains all of them all the time, the frozen ones
+    (see `trainable`) aside: they have no owner and no state.
 
     With `staggered`, bases are rebuilt a few tensors a step (all of them on step 0) instead of all on the same step.
-    Raises UsageError as `route` does, and where a rule cannot serve a tensor it is given.
+    Raises UsageError as `route` does, where everything is frozen, and where a rule cannot serve a tensor it is given.
     """
-    owner = route(list(params), groups)
+    trained = trainable(params)
+    if params and not trained:
+        raise UsageError("every parameter is frozen (requires_grad=False): there is nothing to train; unfreeze some")
+    owner = route(list(trained), groups, [name for name in params if name not in trained])
     gapped = {n: params[n].numel() for n, g in owner.items() if g.rule.gap}
     offsets = {n: owner[n].rule.offset for n in gapped}
     if staggered:
@@ -66,13 +97,24 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
     def due(step: int) -> tuple[str, ...]:
         return tuple(n for n, offset in offsets.items() if step == 0 or step % owner[n].rule.gap == offset)
 
-    return Optimizer(owner, lambda params, step=0: blank(owner, params), updating(owner), due)
+    def view(params: Params, state: State) -> tuple[Params, Params]:
+        return (
+            {name: p for name, p in params.items() if name in owner},
+            {name: p for name, p in params.items() if name not in owner},
+        )
+
+    return Optimizer(owner, lambda params, step=0: blank(owner, params), updating(owner), due, view)
 
 
 def blank(owner: Mapping[str, Group], params: Params) -> State:
-    """A fresh state for these parameters. Raises UsageError, with its name, where a rule cannot serve one."""
+    """A fresh state for the parameters that have an owner.
+
+    Raises UsageError, with its name, where a rule cannot serve one.
+    """
     state = {}
     for name, p in params.items():
+        if name not in owner:
+            continue
         try:
             state[name] = owner[name].rule.init(p)
         except UsageError as error:

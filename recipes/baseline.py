@@ -12,6 +12,7 @@ import tyro
 
 from engine.command import typed
 from optimizers.contract import Group, Optimizer, Params, UsageError
+from optimizers.partition import trainable
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.muon import muon
@@ -62,7 +63,8 @@ class Baseline(TrainConfig):
         if self.optimizer != "lisa":
             return base
         period = duration(self.period, setup.epoch)
-        drawn = traversal(layers(setup.params), setup.key, active=self.active, period=period, replacement=True)
+        chosen = layers(trainable(setup.params))
+        drawn = traversal(chosen, setup.key, active=self.active, period=period, replacement=True)
         return omgd(base, setup.params, drawn, "none")
 
     def check(self) -> None:

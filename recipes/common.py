@@ -37,6 +37,7 @@ from engine.trainer import Interrupted, NonFiniteError, Trainer
 from models.llama import PRESETS, Llama
 from models.sampling import generate
 from optimizers.contract import UsageError, total_bytes
+from optimizers.partition import freeze
 from optimizers.random import fold
 from tools.generate import TOKENIZER
 from tools.inspect import inspect_fresh, write
@@ -97,6 +98,7 @@ def _train(config: TrainConfig, console: Console, device: torch.device, out: Pat
     if config.precision.startswith("bf16"):
         model.to(torch.bfloat16)
     params: dict[str, Tensor] = dict(model.named_parameters())
+    freeze(params, config.freeze)
     key = fold(config.seed, "optimizer")
     task = LanguageTask(
         model,
@@ -235,6 +237,7 @@ def _built(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Built:
     if config.precision.startswith("bf16"):
         cast(model, torch.bfloat16)
     params: dict[str, Tensor] = dict(model.named_parameters())
+    freeze(params, config.freeze)
     setup = Setup(model, params, epoch, fold(config.seed, "optimizer"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
         optimizer = config.optimizer_for(setup)

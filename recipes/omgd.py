@@ -21,7 +21,7 @@ from rich.table import Table
 from engine.command import typed
 from models.llama import PRESETS, Llama
 from optimizers.contract import Group, Optimizer, Params, State, UsageError, state_bytes
-from optimizers.partition import partition
+from optimizers.partition import partition, trainable
 from optimizers.random import Key
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
@@ -150,11 +150,11 @@ def groups(config: Pretrain, params: Params) -> list[Group]:
 def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Traversal:
     """The masks that the flags ask for, `epoch` steps being a pass over the data."""
     if config.by == "layers":
-        chosen = layers(params)
+        chosen = layers(trainable(params))
     elif config.by == "tensors":
-        chosen = tensors(params, config.match or ("",), config.balance)
+        chosen = tensors(trainable(params), config.match or ("",), config.balance)
     else:
-        chosen = coordinates(params, config.match or (MATRICES,))
+        chosen = coordinates(trainable(params), config.match or (MATRICES,))
     return traversal(
         chosen,
         key,

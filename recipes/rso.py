@@ -21,6 +21,7 @@ import tyro
 from engine.command import typed
 from models.layers import attach
 from optimizers.contract import Group, Optimizer, Params, Rule
+from optimizers.partition import trainable
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.muon import muon
@@ -70,7 +71,7 @@ class Rso(TrainConfig):
 
     def optimizer_for(self, setup: Setup) -> Optimizer:
         """RSO over the groups' rules, and slots for P and B in the model."""
-        names = [name for name in setup.params if re.search(MATRICES, name)]
+        names = [name for name in trainable(setup.params) if re.search(MATRICES, name)]
         base, share = super().optimizer_for(setup), SHARED if self.share else ()
         subspaces = (
             self.rank,

@@ -19,6 +19,7 @@ from engine.config import flags
 from models.llama import Llama
 from optimizers.contract import Optimizer, UsageError
 from optimizers.convert import Row
+from optimizers.partition import freeze
 from optimizers.random import fold
 
 from .config import Setup, TrainConfig, trained_by, unknown
@@ -29,6 +30,7 @@ def source(saved: Checkpoint, setup: Setup) -> Optimizer:
     config = trained_by(saved)
     with torch.device("meta"):
         model = Llama(setup.model.config)
+    freeze(dict(model.named_parameters()), config.freeze)
     own = setup._replace(model=model, params=dict(model.named_parameters()), key=fold(config.seed, "optimizer"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
         try:

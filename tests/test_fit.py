@@ -111,8 +111,9 @@ def test_killed_and_resumed_to_the_bit(tmp_path, kind):
     """Killed twice, wherever it is."""
 
     def start() -> "subprocess.Popen[bytes]":
-        command = [sys.executable, str(ROOT / "tests" / "helpers" / "classifier.py"), str(tmp_path / "killed"), kind]
-        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "helpers.classifier", str(tmp_path / "killed"), kind]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, cwd=ROOT)
 
     for at in (50, 170):
         process = start()

@@ -98,7 +98,8 @@ def inspect_fresh(what: str, params: Params, optimizer: Optimizer, match: str = 
     state, looks = optimizer.init(params), []
     for name in matching(params, match):
         parked = name not in state and PARKED + name in state
-        who = described(optimizer.owner[name])
+        owner = optimizer.owner.get(name)
+        who = described(owner) if owner else Who("frozen", "frozen")
         looks.append(look(name, params[name], state.get(PARKED + name if parked else name), who, parked))
     masks = describe(optimizer.about, params, 0) if "traversal" in optimizer.about else None
     return Report(what, 0, None, len(params), looks, masks)

@@ -14,13 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from models.segment import IGNORED
 from optimizers.contract import UsageError
 
 from .index import read_index
 from .order import Epochs, Ints, spaced
 from .split import Side
-
-IGNORED = -100
 
 
 class Tokens:

@@ -52,7 +52,7 @@ def omgd(
             f"omgd: order 'joint' changes the mask every step; got state_policy {state_policy!r}, expected 'keep'"
         )
     compact = masks.groups.kind == "coordinates"
-    grouped = {name: i for i, names in enumerate(masks.groups.names) for name in names}
+    grouped = {name: i for i, names in enumerate(masks.groups.names) for name in names if name in base.owner}
     inner: dict[str, Group] = {}
     rules: dict[Rule, Rule] = {}  # one a rule, so that all layers share a kernel
     for name in grouped:
@@ -68,7 +68,7 @@ def omgd(
             owner[name] = group._replace(rule=gathers[group.rule])
 
     def active(step: int) -> set[str]:
-        return {name for i in masks.active(step) for name in masks.groups.names[i]}
+        return {name for i in masks.active(step) for name in masks.groups.names[i] if name in grouped}
 
     def scale(slots: Slots, p: Tensor, step: int) -> Slots:
         if "scale" not in slots:

@@ -210,7 +210,7 @@ def rso(
         trainable, frozen = Params(), Params()
         for name, w in params.items():
             if name not in under:
-                trainable[name] = w
+                (trainable if name in owner else frozen)[name] = w
                 continue
             stem, slots = name.removesuffix("weight"), state[name]
             frozen |= {name: w, f"{stem}P": slots["P"]}
