@@ -377,3 +377,18 @@ def test_without_a_difference_there_is_no_file_of_trained_weights(tmp_path):
         "optimizer.safetensors",
         "trainer.json",
     ]
+
+
+def test_a_checkpoint_that_another_process_is_writing_is_not_cleaned_away(tmp_path):
+    """Only what a process that is gone has left is."""
+    from engine.checkpoint.process import _started, this
+
+    me, parent = this(), os.getppid()
+    other = tmp_path / f".tmp-step-00000002-{parent}-{_started(parent)}"
+    gone = [tmp_path / f".tmp-step-00000002-{parent}-1", tmp_path / f".tmp-step-00000003-{2**22 - 1}-5"]
+    gone += [tmp_path / ".tmp-step-00000004", tmp_path / f".tmp-step-00000005-{me.pid}-{me.started}"]
+    for folder in (other, *gone):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    save_example(tmp_path)
+    assert (other / "model.safetensors").exists() and not any(folder.exists() for folder in gone)

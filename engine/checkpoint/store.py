@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,10 @@ from .form import (
     steps,
     write_json,
 )
+from .process import this
 from .tensorfile import HEAD, CheckpointError, WriteError, ties
+
+WRITING = re.compile(r"\.tmp-step-\d{8,}-(\d+)-(\d*)")  # a checkpoint half written, by which process
 
 
 def save(
@@ -53,7 +57,8 @@ def save(
         raise CheckpointError(f"step must be at least 0 and agree with trainer's, got {step}, {trainer.get('step')}")
     if taken := [key for key in trainer if key in RESERVED] + [key for key in header or {} if key in HEAD]:
         raise CheckpointError(f"keys {taken} are written by save itself; call yours something else")
-    final, fresh, old = (root / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-"))
+    final, old = (root / f"{prefix}step-{step:08d}" for prefix in ("", ".old-"))
+    fresh = root / f".tmp-{final.name}-{this().pid}-{this().started}"
     try:
         try:
             _recover(root)
@@ -129,7 +134,11 @@ def _recover(root: Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(final)
+    me = this()
     for fresh in root.glob(".tmp-*step-*"):
+        writer = WRITING.fullmatch(fresh.name)
+        if writer and int(writer[1]) != me.pid and me._replace(pid=int(writer[1]), started=writer[2]).lives:
+            continue  # another process is writing it, without owning the folder: its own affair
         shutil.rmtree(fresh)
 
 
