@@ -1,9 +1,10 @@
 """What every run can be told: the fields are flags of every recipe, the strings under them their help."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+import torch
 
 from optimizers.contract import UsageError
 
@@ -107,43 +108,39 @@ class RunConfig:
         return plain
 
 
+class StepOptions(TypedDict):
+    """What `Step` is told of a run's config."""
+
+    mode: Mode
+    recompute: bool
+    clip: Clip
+    clip_norm: float
+    compute_dtype: torch.dtype | None
+    stochastic_rounding: bool
+    logits: int
+
+
+def step_options(config: RunConfig, device: str) -> StepOptions:
+    """Options of the `Step` of a run on a device of this type, such as "cuda"."""
+    return StepOptions(
+        mode=config.compile,
+        recompute=config.recompute,
+        clip=config.clip,
+        clip_norm=config.clip_norm,
+        compute_dtype=torch.bfloat16 if config.precision == "mixed" else None,
+        stochastic_rounding=config.precision == "bf16-sr",
+        logits=2**26 if device == "cuda" else 2**24,
+    )
+
+
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype that the weights of a run are stored in."""
+    return torch.bfloat16 if config.precision.startswith("bf16") else torch.float32
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
-
-
-TEXT = (
-    "data",
-    "validation",
-    "field",
-    "allow_malformed",
-    "tokenizer",
-    "eos",
-    "allow_unknown",
-    "sequence",
-    "eval_windows",
-)
-SHARED = (*TEXT, "eval_windows", "model", "size", "prompt")  # flags of every recipe that are no optimizer's
-PLACED = ("out", "resume", "compile")  # where and how, which is not carried over
-
-
-def flags(plain: Mapping[str, Any]) -> list[str]:
-    """The command line that gives another recipe the data, length, model and bookkeeping of a config's `plain`."""
-    default, line = RunConfig().plain(), []
-    for name, value in plain.items():
-        if (name in default or name in SHARED) and name not in PLACED and value != default.get(name):
-            line += _flag(f"--{name.replace('_', '-')}", value)
-    return line
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [word for key, own in value.items() for word in _flag(f"{name}.{key.replace('_', '-')}", own)]
-    if isinstance(value, bool) and "." not in name:
-        return [name if value else name.replace("--", "--no-", 1)]
-    if isinstance(value, list):
-        return [name, *map(str, value)] if value else []
-    return [] if value is None else [name, str(value)]

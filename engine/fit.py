@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,9 +14,9 @@ from optimizers.contract import Optimizer, UsageError
 from optimizers.partition import freeze, trainable
 from optimizers.random import fold
 
-from . import checkpoint
+from .checkpoint import Reader
 from .compile import can_compile
-from .config import RunConfig
+from .config import RunConfig, step_options, weights_dtype
 from .metrics import Metrics
 from .place import device_of, leave_branch, place
 from .receipt import receipt
@@ -56,10 +56,10 @@ def fit(task: Task, optimizer: Optimizer, config: RunConfig | None = None, conso
         config = replace(config, compile="off")
     with place(config, Path("runs") / type(task.model).__name__.lower(), console.print) as (out, saved):
         config = replace(config, out=out, check_memory=False)  # there is no prediction to compare with
-        return _fit(task, _step(task, optimizer, config, device), config, saved, console)
+        return _fit(task, _step(task, optimizer, config, device, saved is None), config, saved, console)
 
 
-def _fit(task: Task, step: Step, config: RunConfig, saved: Path | None, console: Console) -> Fit:
+def _fit(task: Task, step: Step, config: RunConfig, saved: Reader | None, console: Console) -> Fit:
     """In a folder that is this process's own, from the checkpoint `saved`, if any."""
     assert config.out is not None
     out = config.out
@@ -72,16 +72,17 @@ def _fit(task: Task, step: Step, config: RunConfig, saved: Path | None, console:
     with Metrics(out, trainer.done, config.steps, console) as metrics:
         found = trainer.train(metrics)
     write_result(trainer, metrics, found)
-    kept = checkpoint.latest(out).path or saved
+    kept = trainer.saved or (saved.path if saved else None)
     console.print(f"{task.shown(found)}\ncheckpoint   {kept}")
     return Fit(out, trainer.done, found, kept)
 
 
-def resume(trainer: Trainer, saved: Path, console: Console) -> None:
-    """Continue from a checkpoint, and say what differs. Raises CheckpointError."""
-    changed = trainer.resume(checkpoint.load(saved))
+def resume(trainer: Trainer, saved: Reader, console: Console, source: Optimizer | None = None) -> None:
+    """Continue from a checkpoint, of the optimizer `source` if that is another, and say what differs. Raises
+    CheckpointError."""
+    changed = trainer.resume(saved, source)
     differs = f"; changed: {', '.join(changed)}" if changed else ""
-    console.print(f"resuming {saved} at step {trainer.done}{differs}")
+    console.print(f"resuming {saved.path} at step {trainer.done}{differs}")
     for note in trainer.notes:
         console.print(note)
 
@@ -92,11 +93,14 @@ def plain_console() -> Console:
     return Console(soft_wrap=not watched, width=None if watched else 160, markup=False, emoji=False, highlight=False)
 
 
-def _step(task: Task, optimizer: Optimizer, config: RunConfig, device: torch.device) -> Step:
-    """The step that trains the task's model, which is moved to the device in its dtype. Raises UsageError."""
+def _step(task: Task, optimizer: Optimizer, config: RunConfig, device: torch.device, fresh: bool) -> Step:
+    """The step that trains the task's model, which is moved to the device in its dtype. Raises UsageError.
+
+    Its state has no memory where that of a checkpoint follows.
+    """
     model = task.model.to(device)
-    if config.precision.startswith("bf16"):
-        model = model.to(torch.bfloat16)
+    if weights_dtype(config) != torch.float32:
+        model = model.to(weights_dtype(config))
     params: dict[str, Tensor] = dict(model.named_parameters())
     freeze(params, config.freeze)
     trained = trainable(params)
@@ -106,14 +110,6 @@ def _step(task: Task, optimizer: Optimizer, config: RunConfig, device: torch.dev
             f"optimizer: owns {len(optimizer.owner)} parameters, expected the {len(trained)} of the model that "
             f"train; they differ in {odd[:3]}: make it from dict(model.named_parameters()), with the same ones frozen"
         )
-    options: dict[str, Any] = {
-        "mode": config.compile,
-        "recompute": config.recompute,
-        "clip": config.clip,
-        "clip_norm": config.clip_norm,
-        "compute_dtype": torch.bfloat16 if config.precision == "mixed" else None,
-        "stochastic_rounding": config.precision == "bf16-sr",
-        "logits": 2**26 if device.type == "cuda" else 2**24,
-    }
-    state = optimizer.init(params)
-    return Step(task.segments(), params, optimizer, state, key=fold(config.seed, "optimizer"), **options)
+    state = optimizer.init(params if fresh else {n: torch.empty_like(p, device="meta") for n, p in params.items()})
+    key = fold(config.seed, "optimizer")
+    return Step(task.segments(), params, optimizer, state, key=key, **step_options(config, device.type))

@@ -10,7 +10,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
-from torch.utils.tensorboard import SummaryWriter
 
 FILE = "metrics.jsonl"
 
@@ -24,6 +23,8 @@ class Metrics:
         fresh = out / f".{FILE}"
         fresh.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
         fresh.replace(out / FILE)  # a kill leaves the old records or the new ones
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
         told = any(out.glob("events.out.tfevents*"))
         self.writer = SummaryWriter(out, purge_step=start + 1 if start else None)
         for record in () if told else self.history:  # another branch took its events along

@@ -10,6 +10,7 @@ import torch
 from optimizers.contract import UsageError
 
 from . import checkpoint
+from .checkpoint import Reader
 from .checkpoint.aside import set_aside
 from .checkpoint.lock import claim, claim_new
 from .config import RunConfig
@@ -29,7 +30,7 @@ def device_of(name: str) -> torch.device:
 @contextmanager
 def place(
     config: RunConfig, stem: Path, say: Callable[[str], None] = print, dry: bool = False
-) -> Iterator[tuple[Path, Path | None]]:
+) -> Iterator[tuple[Path, Reader | None]]:
     """The run's folder, owned in the block, and the checkpoint to continue from. Without `config.out` the folder is a
     new one whose name begins with `stem`. A `dry` run owns nothing and leaves nothing.
 
@@ -40,14 +41,13 @@ def place(
         raise UsageError(f"--out {folder}: a name that is not UTF-8, which TensorBoard cannot write to; choose another")
     given, out = None, Path(config.out) if config.out else None
     if config.resume not in ("never", "auto"):
-        given = Path(config.resume)
-        if not os.path.exists(given / checkpoint.TRAINER):  # False where the name is too long
-            given = newest(given, say)
-            if given is None:
-                raise UsageError(
-                    f"--resume: no whole checkpoint in {config.resume}; give never, auto, a run or a step folder"
-                )
-    out = out or (given.parent if given else stem if config.resume == "auto" else None)
+        asked = Path(config.resume)
+        given = checkpoint.read(asked) if os.path.exists(asked / checkpoint.TRAINER) else newest(asked, say)
+        if given is None:
+            raise UsageError(
+                f"--resume: no whole checkpoint in {config.resume}; give never, auto, a run or a step folder"
+            )
+    out = out or (given.path.parent if given else stem if config.resume == "auto" else None)
     if dry:
         yield out or stem, given or (newest(out, say) if out and config.resume == "auto" else None)
         return
@@ -58,21 +58,21 @@ def place(
         yield owned, saved
 
 
-def leave_branch(out: Path, saved: Path | None, step: int, config: RunConfig, say: Callable[[str], None]) -> None:
+def leave_branch(out: Path, saved: Reader | None, step: int, config: RunConfig, say: Callable[[str], None]) -> None:
     """Before a run begins in `out` at `step`, from `saved` if any: set aside what another run, or this one at later
     steps, left there, and say so. Raises WriteError."""
     line = None
     if saved:
-        line = set_aside(out, step if saved.parent.resolve() == out.resolve() else None)
+        line = set_aside(out, step if saved.path.parent.resolve() == out.resolve() else None)
     elif config.resume == "never":  # one that ended before its first checkpoint
         line = set_aside(out, None)
     if line:
         say(line)
 
 
-def newest(out: Path, say: Callable[[str], None] = print) -> Path | None:
+def newest(out: Path, say: Callable[[str], None] = print) -> Reader | None:
     """The newest whole checkpoint in a run's folder; damaged ones are said and passed over."""
     found = checkpoint.latest(out)
     for path, why in found.damaged:
         say(f"skipping {path.name}: {why}")
-    return found.path
+    return found.reader()

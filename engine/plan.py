@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optimizers.contract import Optimizer, Params, State
 from optimizers.random import Key
 
+from .config import step_options
 from .fused import fused
 from .observer import Observer
 from .segments import Segment
@@ -46,6 +47,7 @@ class Built(NamedTuple):
     segments: Sequence[Segment]
     params: Params
     optimizer: Optimizer
+    key: Key = Key(0)  # of the optimizer's draws
 
 
 class Plan(NamedTuple):
@@ -102,7 +104,7 @@ def _simulated(
     cuda = device == "cuda"
     tally = Tally((lambda n: -(-n // 512) * 512) if cuda else (lambda n: n))
     with FakeTensorMode(allow_non_fake_inputs=True), _Drawn():  # type: ignore[no-untyped-call]
-        segments, params, optimizer = build()
+        segments, params, optimizer, key = build()
         state = optimizer.init(params)
         fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state)}.values())
         tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
@@ -112,16 +114,10 @@ def _simulated(
             params,
             optimizer,
             state,
-            mode=config.compile,
-            recompute=config.recompute,
-            clip=config.clip,
-            clip_norm=config.clip_norm,
-            compute_dtype=torch.bfloat16 if config.precision == "mixed" else None,
-            stochastic_rounding=config.precision == "bf16-sr",
-            logits=2**26 if cuda else 2**24,
-            key=Key(config.seed),
+            key=key,
             observer=_Watching(tally),
             compiler=lambda function: fused(function, tally),
+            **step_options(config, device),
         )
         groups = {group.name for group in optimizer.owner.values()}
         hypers = {name: {key: torch.zeros(()) for key in ("lr", "weight_decay")} for name in groups}

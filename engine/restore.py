@@ -2,17 +2,18 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optimizers.contract import Optimizer, Params, State
+from optimizers.contract import PARKED, Optimizer, Params, Slots, State
 from optimizers.convert import Row, convert
 
 from . import checkpoint
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import CheckpointError, Reader
+from .checkpoint.tensorfile import ties
 from .config import RunConfig
 from .position import read_on, saved_order
 from .step import Step
@@ -50,15 +51,16 @@ class Restored(NamedTuple):
 @torch.no_grad()
 def restore(
     step: Step,
-    saved: Checkpoint,
+    saved: Reader,
     config: RunConfig,
     task: Task,
     source: Optimizer | None = None,
 ) -> Restored:
-    """Put weights and state of `saved` into `step`, which trains `task`.
+    """Put weights and state of `saved` into `step`, which trains `task`, a tensor at a time.
 
-    Given `source`, the optimizer that it was trained with, its state is converted. Raises CheckpointError, having
-    changed nothing, if it cannot fit.
+    What `step.state` holds before is let go, and may be without memory. Given `source`, the optimizer that it was
+    trained with, its state is converted; of the old one, one tensor's slots exist at a time. Raises CheckpointError,
+    having changed nothing, if it cannot fit.
     """
     progress = _progress(saved, task.unit)
     was = progress.config
@@ -73,24 +75,26 @@ def restore(
             f"{saved.path}: was trained with --freeze {list(was.get('freeze', ()))}, got {list(config.freeze)}; resume "
             "with what it was trained with, or give what is frozen no more a fresh state with --swap"
         )
-    expected = _expected(saved, source or step.optimizer, step.params)
     weights = {**step.params, **step.buffers}
-    _check_model(saved, weights, task.model_config())
-    checkpoint.restore_into(weights, saved.params)
-    copies: dict[int, Tensor] = {}  # slots that two tensors share stay one
-    state: State = {}
-    converted: list[Row] = []
-    for name, slots in saved.state.items():
-        for slot, t in slots.items():  # on the host where the optimizer keeps them there
-            copies.setdefault(id(t), t.to(expected[name][slot].device, copy=True))
-        state[name] = {slot: copies[id(t)] for slot, t in slots.items()}
-    if source is not None:
-        for name, p in source.merge(step.params, state).items():
-            if p is not step.params[name]:
-                step.params[name].copy_(p)
-        state, converted = convert(step.params, state, source, step.optimizer, saved.step, step.key)
+    _check_state(saved, source or step.optimizer, step.params)
+    _check_weights(saved, weights)
+    _check_model(saved, task.model_config())
+    for name, p in weights.items():
+        if name in saved.params.names:
+            p.detach().copy_(saved.trained(name))
     step.state.clear()
-    step.state.update(state)
+    converted: list[Row] = []
+    if source is None:
+        step.state.update(_state(saved, step.optimizer, step.params))
+    else:
+        held = Held(saved, step.device)
+        for name, p in step.params.items():
+            merged = source.merge({name: p}, {name: held[name]} if name in held else {})[name]
+            if merged is not p:
+                p.copy_(merged)
+        state, converted = convert(step.params, held, source, step.optimizer, saved.step, step.key)
+        step.state.update(state)
+    step.missing.look(step.state)
     step.previous = torch.tensor(progress.previous_norm, device=step.device)
     now = config.plain()
     changed = [f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in UNSAID]
@@ -99,35 +103,95 @@ def restore(
     return Restored(saved.step, start.position, offset, start.said, progress.rates, swapped, converted, changed)
 
 
-def _expected(saved: Checkpoint, optimizer: Optimizer, params: Params) -> State:
-    """What the state of `optimizer` looks like at the checkpoint's step. Raises CheckpointError where it does not."""
+class Held(Mapping[str, Slots]):
+    """The state of a checkpoint, of which each owner's slots are read when they are asked for, onto `device`."""
+
+    def __init__(self, saved: Reader, device: torch.device) -> None:
+        self.saved, self.device = saved, device
+
+    def __getitem__(self, owner: str) -> Slots:
+        return {slot: t.to(self.device, copy=True) for slot, t in self.saved.slots(owner).items()}
+
+    def __contains__(self, owner: object) -> bool:
+        return owner in self.saved.owners
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.saved.owners)
+
+    def __len__(self) -> int:
+        return len(self.saved.owners)
+
+
+def _state(saved: Reader, optimizer: Optimizer, params: Params) -> State:
+    """The state of a checkpoint where the optimizer keeps it; slots that two tensors share stay one."""
+    placed: dict[str, Tensor] = {}
+    state: State = {}
+    hosted = optimizer.about.get("state_policy") == "offload"
+    for owner, slots in saved.owners.items():
+        p, parked = params[owner.removeprefix(PARKED)], owner.startswith(PARKED)
+        device = torch.device("cpu") if hosted and parked else p.device
+        state[owner] = {}
+        for slot in slots:
+            stored = saved.state.names[f"{owner}/{slot}"]
+            if stored not in placed:
+                t = saved.state.read(stored)
+                pinned = device.type == "cpu" and p.is_cuda
+                made = torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=pinned)
+                placed[stored] = made.copy_(t)
+            state[owner][slot] = placed[stored]
+    return state
+
+
+def _check_state(saved: Reader, optimizer: Optimizer, params: Params) -> None:
+    """Raises CheckpointError where the checkpoint's state is not what `optimizer` has at its step."""
     for key, mine in optimizer.about.items():
         if (theirs := saved.header.get(key)) != mine:
             raise CheckpointError(
                 f"{saved.path}: {key} of its optimizer is {str(theirs)[:200]}, expected {mine[:200]}; resume with the "
                 "settings and the seed that it was trained with, or convert it with --swap"
             )
-    expected = optimizer.init(params, saved.step)
-    for name in {**expected, **saved.state}:
-        wanted, other = (
-            {slot: (tuple(t.shape), t.dtype) for slot, t in state.get(name, {}).items()}
-            for state in (expected, saved.state)
-        )
-        if wanted != other or (name in expected) != (name in saved.state):
+    expected = optimizer.init({n: torch.empty_like(p, device="meta") for n, p in params.items()}, saved.step)
+    for name in {**expected, **saved.owners}:
+        wanted = {slot: (tuple(t.shape), t.dtype) for slot, t in expected.get(name, {}).items()}
+        other = {slot: saved.state.form(f"{name}/{slot}") for slot in saved.owners.get(name, [])}
+        if wanted != other or (name in expected) != (name in saved.owners):
             raise CheckpointError(
                 f"{saved.path}: optimizer state of {name} is {other or 'not there'}, expected {wanted or 'none'}; "
                 "resume with the optimizer, its settings, seed and precision that it was trained with, or convert it "
                 "with --swap"
             )
-    return expected
 
 
-def _check_model(saved: Checkpoint, params: Params, model_config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the checkpoint holds another model's weights."""
-    try:
-        checkpoint.check_fit(params, saved.params)
-    except CheckpointError as error:
-        raise CheckpointError(f"{saved.path}: {error}") from None
+def _check_weights(saved: Reader, params: Params) -> None:
+    """Raises CheckpointError where the checkpoint's weights are not those of the model, tied ones named once or more
+    on either side."""
+    mine, theirs = ties(params), saved.params.names
+    there, here = {mine[n] for n in mine if n in theirs}, {theirs[n] for n in theirs if n in mine}
+    missing, unexpected = [n for n in mine if mine[n] not in there], [n for n in theirs if theirs[n] not in here]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{saved.path}: names differ: the checkpoint lacks {missing[:8] or 'nothing'} and has unexpected "
+            f"{unexpected[:8] or 'nothing'}; build the model with the checkpoint's config.json"
+        )
+    for name, p in params.items():
+        if name not in theirs:
+            continue
+        file = saved.weights if saved.weights and name in saved.weights.names else saved.params
+        (shape, dtype), expected = file.form(name), (tuple(p.shape), p.dtype)
+        if (shape, dtype) != expected:
+            raise CheckpointError(
+                f"{saved.path}: {name}: the checkpoint has {shape} {dtype}, expected {expected[0]} {expected[1]}; "
+                "build the model like it"
+            )
+        first = next(n for n in mine if mine[n] == mine[name] and n in theirs)
+        if theirs[name] != theirs[first] and not saved.params.read(name).equal(saved.params.read(first)):
+            raise CheckpointError(
+                f"{saved.path}: {name}: tied to {first} in the model, but the checkpoint has different values"
+            )
+
+
+def _check_model(saved: Reader, model_config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the checkpoint is of another model whose weights have the same shapes."""
     model, mine = saved.model_config, json.loads(json.dumps(model_config))
     if odd := [k for k in {**mine, **model} if k not in mine or k not in model or mine[k] != model[k]]:
         name = odd[0]
@@ -137,7 +201,7 @@ def _check_model(saved: Checkpoint, params: Params, model_config: Mapping[str, A
         )
 
 
-def _progress(saved: Checkpoint, unit: str) -> Progress:
+def _progress(saved: Reader, unit: str) -> Progress:
     """Raises CheckpointError where trainer.json does not say it, or contradicts itself."""
     swapped, units = saved.trainer.get("swapped"), saved.trainer.get(unit)
     match saved.trainer:

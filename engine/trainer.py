@@ -15,7 +15,7 @@ from optimizers.contract import Hyper, Optimizer
 from optimizers.convert import Row
 
 from . import checkpoint, inspection, ownership, signals
-from .checkpoint import Checkpoint, WriteError
+from .checkpoint import Reader, WriteError
 from .checkpoint.saver import NotDeleted, Saver
 from .config import RunConfig
 from .memory import counted_peak, peak_bytes
@@ -58,13 +58,14 @@ class Trainer:
         self.skipped = 0  # bases kept because the gradient at their refresh was unusable
         self.measured: int | None = None  # most bytes of tensors at once in the last step
         self.converted: list[Row] = []  # what became of another optimizer's state
+        self.saved: Path | None = None  # the last checkpoint, or the one that the run goes on from
         self.swapped: int | None = None  # the step at which that was
         background = config.save_async == "on" or (config.save_async == "auto" and step.device.type == "cuda")
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
         self.say: Callable[[str], None] = print
 
     @torch.no_grad()
-    def resume(self, saved: Checkpoint, source: Optimizer | None = None) -> list[str]:
+    def resume(self, saved: Reader, source: Optimizer | None = None) -> list[str]:
         """Continue from `saved`; returns settings that differ. `self.notes` says what they change.
 
         Raises CheckpointError, having changed nothing, if it cannot fit. Given `source`, the optimizer that it was
@@ -72,6 +73,7 @@ class Trainer:
         """
         was = restore(self.step, saved, self.config, self.task, source)
         self.done, self.swapped, self.converted = was.step, was.swapped, was.converted
+        self.saved = saved.path
         self.position, self.offset = was.position, was.offset
         if self.swapped is not None:
             self.schedule = replace(self.schedule, swapped=self.swapped, rewarm=self.config.rewarm)
@@ -172,7 +174,8 @@ class Trainer:
         model, merge = self.task.model_config(), self.step.optimizer.merge
         weights = {**self.step.params, **self.step.buffers}
         self.saver.save(self.done, weights, self.step.state, trainer, model, self._header(), merge)
-        return self.out / f"step-{self.done:08d}"
+        self.saved = self.out / f"step-{self.done:08d}"
+        return self.saved
 
     def _header(self) -> dict[str, str]:
         """What is said of the optimizer's state beside it: see `ownership.rules`, and what the optimizer adds."""

@@ -1,7 +1,8 @@
 """LLaMA (Touvron et al., arXiv 2302.13971) with Hugging Face's parameter names and configuration fields."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from .layers import MLP, Attention, Block, Cache, Linear, RMSNorm, Rotary
 from .segment import IGNORED, Batch, Segment
 
+DRAWN = 2**15  # numbers that initialisation draws at once
+SLOTS = ("P", "B")  # parameters of `layers.attach`, which an optimizer's state stands in for
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # we have no other
 
 
@@ -155,11 +158,25 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.init_weights(seed)
 
+    def allocate(self, device: torch.device | str) -> None:
+        """Give a model that was made on the meta device memory on `device`, a tensor at a time, in the dtypes it has.
+
+        Parameters hold nothing until `init_weights` or a checkpoint fills them; slots of `layers.attach` stay as they
+        are. Buffers are filled.
+        """
+        for module in list(self.modules()):
+            if isinstance(module, Rotary):
+                module.fill(torch.device(device))
+            for name, p in module.named_parameters(recurse=False):
+                if p.is_meta and name not in SLOTS:
+                    setattr(module, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw all matrices from N(0, initializer_range²), on the host: the same on every device. Norms become ones.
 
-        On the meta device there is nothing to fill; after `to_empty` call this again.
+        What is drawn exists a slice at a time beside the model. On the meta device there is nothing to fill; after
+        `allocate` call this again.
         """
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
@@ -167,9 +184,11 @@ class Llama(nn.Module):
                 continue
             if p.ndim == 1:
                 p.fill_(1.0)
-            else:
-                draw = torch.empty(p.shape, dtype=torch.float32, device="cpu")
-                p.copy_(draw.normal_(std=self.config.initializer_range, generator=generator))
+                continue
+            flat = p.view(-1)
+            for start, stop in _slices(len(flat)):
+                draw = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+                flat[start:stop].copy_(draw.normal_(std=self.config.initializer_range, generator=generator))
 
     def num_parameters(self) -> int:
         """Elements of all parameters, a tied one counted once."""
@@ -228,6 +247,13 @@ def block(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
 def summed_loss(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
     """Last segment: x (..., C) and batch["targets"] (...) -> summed cross entropy, 0-d float32."""
     return _summed(module(x), batch["targets"])
+
+
+def _slices(size: int) -> Iterator[tuple[int, int]]:
+    """range(size) cut after every `DRAWN` numbers, so that the slices' draws are those of the whole: torch draws
+    normal numbers sixteen at a time, and the last ones of a tensor whose size is no multiple of that once more."""
+    cuts = [*range(0, max(size - DRAWN + 1, 1), DRAWN), size]
+    yield from itertools.pairwise(cuts)
 
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:

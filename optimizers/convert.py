@@ -1,6 +1,7 @@
 """From one optimizer's state to another's, a tensor at a time, with a report of what became of it."""
 
 import re
+from collections.abc import Mapping
 from statistics import fmean
 from typing import NamedTuple
 
@@ -27,9 +28,11 @@ class Row(NamedTuple):
 
 
 def convert(
-    params: Params, state: State, source: Optimizer, target: Optimizer, step: int, key: Key
+    params: Params, state: Mapping[str, Slots], source: Optimizer, target: Optimizer, step: int, key: Key
 ) -> tuple[State, list[Row]]:
     """`target`'s state after `step` steps, started from what `source`'s knows; nothing is mutated.
+
+    `state` is asked for one tensor's slots at a time, so that it may read them from a disk.
 
     Weights stay as they are: a view that keeps a part of them apart must have merged it before (`Optimizer.merge`).
     What was frozen has nothing to give: it starts from rest, with the mean second moment of its like in other layers,
@@ -42,7 +45,7 @@ def convert(
         bare = name.removeprefix(PARKED)
         new = target.owner[bare].rule
         old = source.owner[bare].rule if bare in source.owner else new  # it was frozen
-        held = state.get(bare, state.get(PARKED + bare, {}))
+        held = state[bare] if bare in state else state.get(PARKED + bare, {})
         size = sizes.get(_kind(bare))
         fresh[name], row = _one(bare, params[bare], held, slots, old, new, fold(key, "convert", bare), size)
         rows.append(row)
@@ -54,7 +57,7 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _sizes(params: Params, state: State, source: Optimizer) -> dict[str, float]:
+def _sizes(params: Params, state: Mapping[str, Slots], source: Optimizer) -> dict[str, float]:
     """The mean second moment by kind of parameter, of what has state."""
     found: dict[str, list[float]] = {}
     for name, slots in state.items():

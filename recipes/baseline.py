@@ -5,6 +5,7 @@ python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corp
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +21,9 @@ from optimizers.rules.sgd import sgd
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import duration, layers, traversal
 
-from .common import main, train
+from .cli import main
 from .config import MATRICES, Setup, TrainConfig, groups_for
+from .train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,10 @@ class Baseline(TrainConfig):
     keeps it, as does: python -m recipes.omgd pretrain --replacement --state-policy keep."""
 
     recipe = "baseline"
+
+    @property
+    def trains(self) -> str:
+        return self.optimizer
 
     def groups(self, params: Params) -> list[Group]:
         return groups(self, params)
@@ -105,8 +111,10 @@ def every_group(config: Baseline) -> list[Group]:
             return groups_for(config, rule, why, config.match)
 
 
+def parse(args: Sequence[str] | None = None) -> Baseline:
+    """The config that a command line asks for."""
+    return tyro.cli(Baseline, args=args, description=__doc__, prog=typed())
+
+
 if __name__ == "__main__":
-    main(
-        lambda: tyro.cli(Baseline, prog=typed(), description=__doc__),
-        train,
-    )
+    main(parse, train)

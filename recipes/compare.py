@@ -29,10 +29,10 @@ from rich.console import Console
 
 from engine.checkpoint.lock import claim
 from engine.command import typed
+from engine.curves import loss_curve
 from engine.output import printable
 from optimizers.contract import UsageError
 from optimizers.random import fold
-from tools.plot import loss_curve
 
 CELLS = "cells.json"
 Cell = dict[str, Any]

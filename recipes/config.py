@@ -1,17 +1,10 @@
 """What every training recipe is told: the flags beside those of a run, who trains what, and how that is rebuilt."""
 
 import dataclasses
-import importlib
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import typeguard
-
-from engine.checkpoint import Checkpoint, CheckpointError
-from engine.config import PLACED
 from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import Group, Optimizer, Params, Rule, UsageError
@@ -55,8 +48,6 @@ class TrainConfig(LanguageConfig):
     """What the sample at the end of the run goes on from."""
     dry_run: bool = False
     """Print who trains what, and stop."""
-    plan: str = ""
-    """What tools.plan or tools.inspect asks, as JSON: answer, and train nothing."""
     swap: Literal["never", "convert", "only"] = "never"
     """With --resume: convert the state of the optimizer that the checkpoint was trained with to this one's; "only":
     save that and stop."""
@@ -65,6 +56,11 @@ class TrainConfig(LanguageConfig):
 
     recipe: ClassVar[str] = ""  # the module in recipes/, and what else tells its runs from others
     align: ClassVar[bool] = False  # epochs are whole steps
+
+    @property
+    def trains(self) -> str:
+        """What tells this recipe's runs from each other, in folders and pictures."""
+        return ""
 
     def check(self) -> None:
         super().check()
@@ -84,6 +80,10 @@ class TrainConfig(LanguageConfig):
     def optimizer_for(self, setup: "Setup") -> Optimizer:
         """The optimizer: rules for groups, and what wraps them."""
         return partition(setup.params, self.groups(setup.params), self.stagger)
+
+    def notes(self, setup: "Setup", optimizer: Optimizer) -> list[str]:
+        """What a user should know of the optimizer for this run."""
+        return []
 
     def plain(self) -> dict[str, Any]:
         """Every field as JSON can hold it, and the recipe."""
@@ -128,47 +128,3 @@ class Setup(NamedTuple):
     params: Params
     epoch: int  # steps in one pass over the data, the last one filled up
     key: Key
-
-
-def trained_by(saved: Checkpoint) -> TrainConfig:
-    """The config that a checkpoint was trained with. Raises CheckpointError where it does not say."""
-    try:
-        plain = saved.trainer["config"]
-        recipe = str(plain["recipe"])
-        module = importlib.import_module(f"recipes.{recipe.partition('-')[0]}")
-        kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, TrainConfig)]
-        kind = next(k for k in kinds if k.recipe == recipe)
-        return from_plain(kind, plain)
-    except (ImportError, StopIteration, LookupError, TypeError, ValueError) as error:
-        raise unknown(saved, error) from None
-
-
-def unknown(saved: Checkpoint, why: Exception) -> CheckpointError:
-    """For a checkpoint whose optimizer cannot be rebuilt."""
-    said = " ".join(f"{type(why).__name__}: {why}".split())
-    return CheckpointError(
-        f"{saved.path}: was trained by a recipe, or with settings, that this version does not know ({said[:200]}); its "
-        "optimizer's state cannot be read as another's"
-    )
-
-
-def from_plain(kind: type[TrainConfig], plain: Mapping[str, Any]) -> TrainConfig:
-    """A config from what `TrainConfig.plain` made of it, but not where and how it ran. Raises TypeError where a value
-    is of another type."""
-    types = typing.get_type_hints(kind)
-    carried = [f.name for f in dataclasses.fields(kind) if f.name in plain and f.name not in PLACED]
-    given = {name: plain[name] for name in carried}
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
-        elif isinstance(value, dict):
-            given[name] = Size(**value)
-        elif isinstance(value, str) and Path in typing.get_args(types[name]):
-            given[name] = Path(value)
-        try:
-            typeguard.check_type(
-                given[name], types[name], collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS
-            )
-        except typeguard.TypeCheckError as error:
-            raise TypeError(f"{name}: {error}") from None
-    return kind(**given)

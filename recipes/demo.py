@@ -14,11 +14,12 @@ from rich.table import Table
 
 from engine.checkpoint.lock import claim, claim_new
 from engine.command import pasted, program, typed
+from engine.curves import loss_curve
 from engine.metrics import read
-from tools.plot import loss_curve
 
 from . import baseline, snsm, sumo
-from .common import main, train
+from .cli import main
+from .train import train
 
 
 @dataclass(frozen=True)
@@ -73,4 +74,4 @@ def _demo(config: Demo, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: tyro.cli(Demo, prog=typed(), description=__doc__), demo)
+    main(lambda args: tyro.cli(Demo, args=args, prog=typed(), description=__doc__), demo)

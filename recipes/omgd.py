@@ -10,6 +10,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -39,9 +40,10 @@ from optimizers.wrappers.traversal import (
 )
 
 from . import baseline, snsm
-from .common import main, train
+from .cli import main
 from .config import MATRICES, Setup, TrainConfig, groups_for
 from .omgd_toy import Toy, toy
+from .train import train
 
 GIB = 2**30
 
@@ -88,7 +90,7 @@ class Pretrain(TrainConfig):
     """sgd, muon."""
 
     @property
-    def optimizer(self) -> str:
+    def trains(self) -> str:
         return f"over-{self.over}"
 
     recipe = "omgd"
@@ -98,25 +100,28 @@ class Pretrain(TrainConfig):
         return groups(self, params)
 
     def optimizer_for(self, setup: Setup) -> Optimizer:
-        """The masked optimizer, and on the way what the schedule means for this run."""
+        """The masked optimizer."""
         made = schedule(self, setup.params, setup.epoch, setup.key)
         mode = self.scale_mode or ("none" if self.replacement else "grad")
-        optimizer = omgd(super().optimizer_for(setup), setup.params, made, mode, self.state_policy)
+        return omgd(super().optimizer_for(setup), setup.params, made, mode, self.state_policy)
+
+    def notes(self, setup: Setup, optimizer: Optimizer) -> list[str]:
+        """What the schedule means for this run."""
+        made = schedule(self, setup.params, setup.epoch, setup.key)
         now = describe(optimizer.about, setup.params, made.warmup)
         masks = "a mask drawn anew each time" if made.replacement else f"{made.masks} masks a cycle, each"
-        print(
+        said = [
             f"{len(made.groups.labels)} {made.groups.kind} to choose from, {masks} held for {made.period:,} steps; "
             f"{now['trainable']:.0%} of all parameters train under the first"
-        )
+        ]
         if lost := gives_up(made, setup.epoch):
-            print(f"warning: {lost}", file=sys.stderr)
+            said.append(f"warning: {lost}")
         if not made.replacement and (left := (self.steps - made.warmup) % made.length):
-            print(
+            said.append(
                 f"warning: the run ends {left:,} steps into a cycle of {made.length:,}: not everything trains equally "
-                "long",
-                file=sys.stderr,
+                "long"
             )
-        return optimizer
+        return said
 
     def check(self) -> None:
         super().check()
@@ -265,5 +270,10 @@ def run(config: Toy | Pretrain | Memory) -> None:
         train(config)
 
 
+def parse(args: Sequence[str] | None = None) -> Toy | Pretrain | Memory:
+    """The config that a command line asks for."""
+    return tyro.cli(Command, args=args, description=__doc__, prog=typed())
+
+
 if __name__ == "__main__":
-    main(lambda: tyro.cli(Command, prog=typed(), description=__doc__), run)
+    main(parse, run)

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.checkpoint.lock import claim
+from engine.curves import COLOURS, FAINT, INK
 from optimizers.contract import UsageError
 from optimizers.random import fold
 from optimizers.wrappers.traversal import Traversal, coordinates, traversal
-from tools.plot import COLOURS, FAINT, INK
 
 
 @dataclass(frozen=True, kw_only=True)

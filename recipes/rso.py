@@ -13,6 +13,7 @@ rates are ours: the update has the size of the inner rule's, so dense AdamW's ra
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,9 +31,10 @@ from optimizers.rules.snsm import snsm
 from optimizers.rules.sumo import sumo
 from optimizers.wrappers.rso import SHARED, rso
 
-from .common import main, train
+from .cli import main
 from .config import MATRICES, Setup, TrainConfig, rest_for
 from .rso_toy import Toy, toy
+from .train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class Rso(TrainConfig):
         self.at_least("update_proj_gap", 1)
 
     @property
-    def optimizer(self) -> str:
+    def trains(self) -> str:
         return self.inner
 
 
@@ -156,5 +158,10 @@ def run(config: Rso | Toy) -> None:
         train(config)
 
 
+def parse(args: Sequence[str] | None = None) -> Rso | Toy:
+    """The config that a command line asks for."""
+    return tyro.extras.overridable_config_cli(PRESETS, args=args, description=__doc__, prog=typed())
+
+
 if __name__ == "__main__":
-    main(lambda: tyro.extras.overridable_config_cli(PRESETS, prog=typed(), description=__doc__), run)
+    main(parse, run)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from engine.checkpoint.lock import claim
+from engine.curves import COLOURS, FAINT, INK, spread
 from optimizers.apply import refresh
 from optimizers.contract import Group, Hyper, Params, UsageError
 from optimizers.linalg import lift, project, svd_basis
@@ -23,7 +24,6 @@ from optimizers.random import fold, normal, signs
 from optimizers.rules.galore import galore
 from optimizers.rules.sgd import sgd
 from optimizers.wrappers.rso import draw, rso
-from tools.plot import COLOURS, FAINT, INK, spread
 
 
 @dataclass(frozen=True)

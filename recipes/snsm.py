@@ -9,6 +9,7 @@ Their protocol: C4, sequences of 256, batches of 512 of them, warm-up over a ten
 the peak, global-norm clipping at 1, no weight decay, bf16 throughout (here second moments are fp32).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +20,9 @@ from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import snsm
 from optimizers.rules.adamw import adamw
 
-from .common import main, train
+from .cli import main
 from .config import MATRICES, TrainConfig
+from .train import train
 
 LINEAR = (MATRICES, r"lm_head\.weight$")  # every Linear weight, the head among them, as the authors do
 
@@ -56,7 +58,7 @@ class Snsm(TrainConfig):
         self.at_least("update_proj_gap", 1)
 
     @property
-    def optimizer(self) -> str:
+    def trains(self) -> str:
         return self.method
 
 
@@ -118,8 +120,10 @@ PRESETS = {
 }
 
 
+def parse(args: Sequence[str] | None = None) -> Snsm:
+    """The config that a command line asks for."""
+    return tyro.extras.overridable_config_cli(PRESETS, args=args, description=__doc__, prog=typed())
+
+
 if __name__ == "__main__":
-    main(
-        lambda: tyro.extras.overridable_config_cli(PRESETS, prog=typed(), description=__doc__),
-        train,
-    )
+    main(parse, train)

@@ -12,6 +12,7 @@ random directions in the place of leading ones (`--basis range`).
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -23,8 +24,9 @@ from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import sumo
 
 from . import sumo_condition as condition
-from .common import main, train
+from .cli import main
 from .config import TrainConfig, groups_for
+from .train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,5 +143,10 @@ PRESETS = {
 }
 
 
+def parse(args: Sequence[str] | None = None) -> Sumo:
+    """The config that a command line asks for."""
+    return tyro.extras.overridable_config_cli(PRESETS, args=args, description=__doc__, prog=typed())
+
+
 if __name__ == "__main__":
-    main(lambda: tyro.extras.overridable_config_cli(PRESETS, prog=typed(), description=__doc__), run)
+    main(parse, run)

@@ -16,10 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from engine import checkpoint
+from engine.curves import COLOURS, FAINT, INK
 from optimizers.contract import Hyper, Rule, Slots, State
 from optimizers.linalg import project
 from optimizers.rules.muon import newton_schulz
-from tools.plot import COLOURS, FAINT, INK
 
 
 def watched(rule: Rule, momentum: float) -> Rule:

@@ -1,42 +1,31 @@
 """From one optimizer to another in the middle of a run: what the first one learned, converted for the second."""
 
-import contextlib
-import io
 import math
-import os
 import shlex
-import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from engine.checkpoint import Checkpoint
-from engine.config import flags
-from models.llama import Llama
+from engine.checkpoint import Reader
+from engine.tasks.config import LanguageConfig
 from optimizers.contract import Optimizer, UsageError
 from optimizers.convert import Row
-from optimizers.partition import freeze
-from optimizers.random import fold
 
-from .config import Setup, TrainConfig, trained_by, unknown
+from .build import Run, build
+from .config import TrainConfig
+from .registry import parsed, unknown
 
 
-def source(saved: Checkpoint, setup: Setup) -> Optimizer:
-    """The optimizer that a checkpoint was trained with, on a model without memory. Raises CheckpointError."""
-    config = trained_by(saved)
-    with torch.device("meta"):
-        model = Llama(setup.model.config)
-    freeze(dict(model.named_parameters()), config.freeze)
-    own = setup._replace(model=model, params=dict(model.named_parameters()), key=fold(config.seed, "optimizer"))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # recipes say things
-        try:
-            return config.optimizer_for(own)
-        except UsageError as error:
-            raise unknown(saved, error) from None
+def source(saved: Reader, run: Run, config: TrainConfig) -> Optimizer:
+    """The optimizer that a checkpoint of this run's model was trained with, under `config`. Raises CheckpointError."""
+    try:
+        return build(config, run.model.config.vocab_size, run.epoch).optimizer
+    except UsageError as error:
+        raise unknown(saved.path, error) from None
 
 
 def report(rows: Sequence[Row]) -> Table:
@@ -66,14 +55,19 @@ def _span(values: Sequence[float]) -> str:
     return f"{min(known):.2f} to {max(known):.2f}" if known else "-"
 
 
-def go_on(config: TrainConfig, path: Path) -> NoReturn:
-    """Become the recipe of `--swap-at`, from the checkpoint at `path`, in the same folder. Raises UsageError."""
+def continued(config: TrainConfig, path: Path) -> TrainConfig:
+    """The run of `--swap-at`, from the checkpoint at `path`, in the same folder. Raises UsageError."""
     assert config.swap_at is not None
-    recipe, *own = shlex.split(config.swap_at[1]) or [""]
-    if not recipe.isidentifier():
-        raise UsageError(f"--swap-at: got {config.swap_at[1]!r}, expected a recipe and its flags; saved: {path}")
-    ends = ["--compile", config.compile, "--out", str(path.parent), "--resume", str(path), "--swap", "convert"]
-    given = {name: value for name, value in config.plain().items() if name not in ("swap", "swap_at")}
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", f"recipes.{recipe}", *own, *flags(given), *ends])
+    target = parsed(shlex.split(config.swap_at[1]), "--swap-at")
+    return converting(target, config, path, path.parent, "convert")
+
+
+def converting(
+    target: TrainConfig, config: TrainConfig, path: Path, out: Path, swap: Literal["convert", "only"]
+) -> TrainConfig:
+    """`target`'s optimizer on the data, model, length and bookkeeping of `config`, from its checkpoint at `path`."""
+    shared = {
+        name: getattr(config, name) for name in (*(f.name for f in fields(LanguageConfig)), "model", "size", "prompt")
+    }
+    placed = {"out": out, "resume": str(path), "swap": swap, "swap_at": None}
+    return replace(target, **{**shared, **placed})

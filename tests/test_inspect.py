@@ -375,14 +375,13 @@ def test_where_a_traversal_stands(tmp_path, capsys):
         "rso demo --rank 4 --form products",
     ],
 )
-def test_a_fresh_state_is_that_of_the_first_checkpoint(line, tmp_path):
+def test_a_fresh_state_is_that_of_the_first_checkpoint(line, tmp_path, capsys):
     folder = corpus(tmp_path)
     assert here(folder, f"{line} {TINY} --steps 1 --out run").code == 0
-    asked = {"inspect": line, "json": True, "png": str(tmp_path / "page.png"), "match": ""}
-    done = here(folder, f"{line} {TINY} --plan '{json.dumps(asked)}'")
-    assert done.code == 0, done.err
-    fresh, saved = json.loads(done.out), plain(tool.inspect(tmp_path / "run"))
-    assert fresh["path"] == f"recipes.{line}" and fresh["step"] == 0 and fresh["measures"] == {}
+    whole = f"{line} {TINY}"
+    assert tool.main(["--fresh", whole, "--json", "--png", str(tmp_path / "page.png")]) == 0
+    fresh, saved = json.loads(capsys.readouterr().out), plain(tool.inspect(tmp_path / "run"))
+    assert fresh["path"] == f"recipes.{whole}" and fresh["step"] == 0 and fresh["measures"] == {}
     first = "model.embed_tokens.weight"  # one row a token: without data that is the preset's number of them
     same = ("name", "group", "rule", "weight_decay", "options", "status", "dtype", "active", "rank", "slots")
     for one, other in zip(fresh["parameters"], saved["parameters"], strict=True):

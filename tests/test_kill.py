@@ -33,7 +33,7 @@ DRIVER = """
 import json, os, random, runpy, shlex, signal, sys, time
 from pathlib import Path
 import torch, matplotlib.figure
-import recipes.common, recipes.sumo_condition, tools.plot  # what takes long to import
+import recipes.train, recipes.sumo_condition, tools.plot  # what takes long to import
 from engine.checkpoint import latest
 from engine.metrics import read
 

@@ -21,8 +21,9 @@ from helpers.runs import TINY, corpus, here
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.trainer import Trainer
-from recipes import common, swap
-from recipes.config import Setup
+from recipes import swap, train
+from recipes.build import Run, build
+from recipes.registry import trained_by
 from tools.inspect import inspect
 from tools.inspect_report import plain
 
@@ -41,7 +42,7 @@ class Base(NamedTuple):
     other: Path  # a checkpoint of an earlier step
     trainer: Trainer
     adamw: Trainer
-    setup: Setup
+    run: Run
     truths: dict[str, dict[str, Any]]  # what each of READERS gives on it
 
 
@@ -262,14 +263,14 @@ def holds(trainer: Trainer) -> dict[str, Any]:
 
 
 def resumed(path: Path, base: Base) -> dict[str, Any]:
-    base.trainer.resume(checkpoint.load(path))
+    base.trainer.resume(checkpoint.read(path))
     return holds(base.trainer)
 
 
 def swapped(path: Path, base: Base) -> dict[str, Any]:
     """As a recipe does with --swap, and so tools.swap: AdamW takes over."""
-    whole = checkpoint.load(path)
-    base.adamw.resume(whole, swap.source(whole, base.setup))
+    saved = checkpoint.read(path)
+    base.adamw.resume(saved, swap.source(saved, base.run, trained_by(saved)))
     return holds(base.adamw)
 
 
@@ -298,16 +299,16 @@ def base(request, tmp_path_factory) -> Base:
     shared = f"{TINY} {RUNS[request.param]} --steps 4 --no-check-memory"
     folder = corpus(tmp_path_factory.mktemp("mutated"))
     trainers: list[Trainer] = []
-    setups: list[Setup] = []
-    train = Trainer.train
+    runs: list[Run] = []
+    loop = Trainer.train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train", lambda self, *given: (trainers.append(self), train(self, *given))[1])
-        patch.setattr(common, "Setup", lambda *given: (setups.append(Setup(*given)), setups[-1])[1])
+        patch.setattr(Trainer, "train", lambda self, *given: (trainers.append(self), loop(self, *given))[1])
+        patch.setattr(train, "build", lambda *given: (runs.append(build(*given)), runs[-1])[1])
         for line in (f"{request.param} --save-every 3 --out run", "baseline --out adamw"):
             done = here(folder, f"{line} {shared}")
             assert done.code == 0, done.err
     path = folder / "run" / "step-00000004"
-    empty = Base(path, folder / "run" / "step-00000003", *trainers, setups[-1], {})
+    empty = Base(path, folder / "run" / "step-00000003", *trainers, runs[-1], {})
     made = empty._replace(truths={name: reader(path, empty) for name, reader in READERS.items()})
     assert {"galore", "snsm"} & made.truths["inspect"]["rules"].keys()
     assert not same(made.truths["resume"], made.truths["swap"])

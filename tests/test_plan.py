@@ -264,7 +264,16 @@ def test_sizes_are_read_with_their_units():
 
 @pytest.mark.run
 @pytest.mark.parametrize(
-    "arguments", [["snsm", "--fit"], ["snsm", "--fit=lots"], ["../x"], [], ["snsm", "--vocabulary", "no"]]
+    "arguments",
+    [
+        ["snsm", "--fit"],
+        ["snsm", "--fit=lots"],
+        ["../x"],
+        ["no_such"],
+        ["omgd", "toy"],
+        [],
+        ["snsm", "--vocabulary", "no"],
+    ],
 )
 def test_bad_arguments_end_with_two(arguments):
     assert main(arguments) == 2

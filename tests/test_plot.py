@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.curves import average, limits, loss_curve, spread
 from optimizers.contract import UsageError
-from tools.plot import average, limits, loss_curve, main, read_metrics, spread
+from tools.plot import main, read_metrics
 
 
 def write(run, *records):

@@ -9,7 +9,7 @@ import pytest
 from helpers.runs import ROOT, TINY, Done, column, corpus, finish, here, newest, start
 
 from engine import checkpoint
-from recipes.config import trained_by
+from recipes.registry import trained_by
 
 TARGETS = {
     "snsm": "snsm demo --rank 4",
@@ -132,7 +132,7 @@ def test_the_tool_writes_a_checkpoint_that_the_recipe_resumes(trained, tmp_path)
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
-        (["run0", "new", "--to", "no_such"], 1, "No module named recipes.no_such"),
+        (["run0", "new", "--to", "no_such"], 2, "'no_such', expected a recipe and its flags"),
         (["run0", "new", "--to", "../x"], 2, "expected a recipe and its flags"),
         (["missing", "new", "--to", "baseline"], 5, "no whole checkpoint"),
         (["run0", "new", "--to", "sumo demo --rank 400"], 2, "rank must lie in"),

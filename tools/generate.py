@@ -19,13 +19,11 @@ from safetensors.torch import load_file
 from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, WEIGHTS, CheckpointError, latest, load, restore_into
 from engine.command import typed
 from engine.data.prompt import prompt_ids
-from engine.data.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenizer import KEPT, Tokenizer, load_tokenizer
 from engine.output import printable
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.wrappers.rso import merge
-
-TOKENIZER = "tokenizer"  # folder in a run that holds the vocabulary files, where there are any
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ def _is_in_products(folder: Path) -> bool:
 
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The tokenizer a checkpoint was trained with: the run's own copy if it has one, else what its config names."""
-    if (folder.parent / TOKENIZER).is_dir():
-        return load_tokenizer(str(folder.parent / TOKENIZER))
+    if (folder.parent / KEPT).is_dir():
+        return load_tokenizer(str(folder.parent / KEPT))
     config = _read_json(folder / TRAINER).get("config")
     spec, eos = (config.get("tokenizer"), config.get("eos")) if isinstance(config, dict) else (None, None)
     if not isinstance(spec, str):

@@ -25,7 +25,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -199,7 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.png:
             writable(args.png, "--png")
         if args.path is None:
-            return _ask(args)
+            if args.compare:
+                raise UsageError("--compare: a fresh state has not moved yet; give the PATH of a checkpoint")
+            write(fresh(args.fresh, args.match), args.json, args.png)
+            return 0
         write(inspect(args.path, args.compare, args.match), args.json, args.png)
     except CheckpointError as error:
         return _fail(error, 5)
@@ -210,16 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _ask(args: Inspect) -> int:
-    """Have the recipe, as a process, answer in the place of training; returns its exit code. Raises UsageError."""
-    recipe, *flags = shlex.split(args.fresh) or [""]
-    if not recipe.isidentifier():
-        raise UsageError(f"--fresh: got {args.fresh!r}, expected a recipe and its flags, such as 'snsm 1b --model 7b'")
-    if args.compare:
-        raise UsageError("--compare: a fresh state has not moved yet; give the PATH of a checkpoint")
-    png = str(args.png) if args.png else None
-    asked = {"inspect": args.fresh, "json": args.json, "png": png, "match": args.match}
-    return subprocess.call([sys.executable, "-m", f"recipes.{recipe}", *flags, "--plan", json.dumps(asked)])
+def fresh(line: str, match: str = "") -> Report:
+    """What a recipe with its flags would save before its first step. Raises UsageError."""
+    from recipes.build import build, vocabulary_of  # slow to import
+    from recipes.registry import parsed
+
+    config = parsed(shlex.split(line), "--fresh")
+    run = build(config, vocabulary_of(config))
+    return inspect_fresh(f"recipes.{line}", run.params, run.optimizer, match)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.curves import COLOURS, FAINT, INK
 from engine.inspection import Look
-
-from .plot import COLOURS, FAINT, INK
 
 PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+?)(?:\.weight)?$")  # stem, layer, matrix
 MAPS = (("first_stable_rank", "stable rank of the first moment"), ("overlap", "overlap of the bases, ‖QᵀQ′‖² / r"))

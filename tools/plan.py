@@ -15,10 +15,9 @@ Exit codes: 0 it fits, or a proposal does, or nothing was asked; 2 bad arguments
 import dataclasses
 import json
 import re
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from engine.command import pasted
 from engine.output import printable
+from optimizers.contract import UsageError
 
 if TYPE_CHECKING:
     from engine.plan import Plan
@@ -36,43 +36,50 @@ LEAST = 4  # no rank below this is proposed
 Config = Any  # a recipe's frozen dataclass
 
 
-class Planned(Exception):
-    """What a recipe raises in the place of training when it was asked for its plan."""
+class Asked(NamedTuple):
+    """What the command line asks beside the recipe and its flags."""
 
-    def __init__(self, plan: "Plan", device: str) -> None:
-        super().__init__("planned")
-        self.plan, self.device = plan, device
+    fit: int | None
+    json: bool
+    vocabulary: int
 
 
-def main(arguments: list[str]) -> int:
-    """Run the recipe as a process that only plans: recipes know how flags become a run, tools do not."""
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code. The recipe's own parser reads its flags, and --help after a recipe's name lists them."""
     printable()
-    wanted: dict[str, Any] = {"fit": None, "json": False, "vocabulary": 0}
-    rest, i = [], 0
-    while i < len(arguments):
-        flag, _, value = arguments[i].partition("=")
-        if flag == "--json" and not value:
-            wanted["json"] = True
-        elif flag in ("--fit", "--vocabulary"):
-            if not value:
-                i += 1
-                value = arguments[i] if i < len(arguments) else ""
-            try:
-                wanted[flag[2:]] = size(value) if flag == "--fit" else positive(value)
-            except ValueError as error:
-                print(f"error: {flag}: {error}", file=sys.stderr)
-                return 2
-        else:
-            rest.append(arguments[i])
-        i += 1
-    if not rest or rest[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 0 if rest else 2
-    recipe, *flags = rest
-    if not re.fullmatch(r"[a-z_]+", recipe):
-        print(f"error: got the recipe {recipe!r}, expected a name such as snsm or baseline", file=sys.stderr)
+        return 0 if arguments else 2
+    from recipes.registry import parsed  # slow to import
+
+    try:
+        asked, command = own_flags(arguments)
+        return answer(parsed(command, "tools.plan"), asked)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    return subprocess.call([sys.executable, "-m", f"recipes.{recipe}", *flags, "--plan", json.dumps(wanted)])
+
+
+def own_flags(arguments: Sequence[str]) -> tuple[Asked, list[str]]:
+    """This tool's flags, wherever they stand, and the rest. Raises UsageError."""
+    fit, as_json, vocabulary, rest = None, False, 0, list[str]()
+    words = iter(arguments)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag == "--json" and not value:
+            as_json = True
+        elif flag in ("--fit", "--vocabulary"):
+            value = value or next(words, "")
+            try:
+                if flag == "--fit":
+                    fit = size(value)
+                else:
+                    vocabulary = positive(value)
+            except ValueError as error:
+                raise UsageError(f"{flag}: {error}") from None
+        else:
+            rest.append(word)
+    return Asked(fit, as_json, vocabulary), rest
 
 
 def size(text: str) -> int:
@@ -90,41 +97,33 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def answer(config: Config, run: Callable[[Config], object]) -> int:
-    """In the recipe's process: plan `config`, print, and look for what fits. Returns the exit code.
+def answer(config: Config, asked: Asked) -> int:
+    """Plan `config`, print, and look for what fits. Returns the exit code. Raises UsageError."""
+    from recipes.plan import device_of, planned  # slow to import
 
-    `run` raises Planned, as recipes do where their config has a plan.
-    """
-    wanted = json.loads(config.plan)
-    limit = wanted["fit"]
+    def measure(config: Config) -> "Plan":
+        return planned(config, asked.vocabulary)
 
-    def planned(config: Config) -> Planned:
-        try:
-            run(config)
-        except Planned as done:
-            return done
-        raise AssertionError("a recipe trained where it was to plan")
-
-    first = planned(config)
-    content: dict[str, Any] = {"asked": plain(first.plan), "device": first.device}
-    fits = limit is None or first.plan.bytes <= limit
+    limit, first, device = asked.fit, measure(config), device_of(config)
+    content: dict[str, Any] = {"asked": plain(first), "device": device}
+    fits = limit is None or first.bytes <= limit
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
-    if not wanted["json"]:
-        show(first, console, "what training holds at its peak")
+    if not asked.json:
+        show(first, device, console, "what training holds at its peak")
     if limit is not None:
-        asked = gib(first.plan.bytes)
-        said, content["fits"], content["limit"] = f"{asked} fits in {gib(limit)}", fits, limit
+        need = gib(first.bytes)
+        said, content["fits"], content["limit"] = f"{need} fits in {gib(limit)}", fits, limit
         if not fits:
-            said = f"{asked} does not fit in {gib(limit)}, and nothing does that --fit tries"
+            said = f"{need} does not fit in {gib(limit)}, and nothing does that --fit tries"
             if getattr(config, "clip", "") == "global":
                 said += "; --clip global holds all gradients at once, --clip previous does not"
-            if found := proposal(config, limit, lambda candidate: planned(candidate).plan):
+            if found := proposal(config, limit, measure):
                 flags, fits = changed(config, found[0]), True
-                said = f"{asked} does not fit in {gib(limit)}; this does, at {gib(found[1].bytes)}: {flags}"
+                said = f"{need} does not fit in {gib(limit)}; this does, at {gib(found[1].bytes)}: {flags}"
                 content["proposal"] = {"flags": flags, **plain(found[1])}
-        if not wanted["json"]:
+        if not asked.json:
             console.print(said, soft_wrap=True)
-    if wanted["json"]:
+    if asked.json:
         print(json.dumps(content, indent=1))
     return 0 if fits else 3
 
@@ -179,9 +178,8 @@ def changed(before: Config, after: Config) -> str:
     return pasted(*flags)
 
 
-def show(planned: Planned, console: Console, title: str) -> None:
+def show(plan: "Plan", device: str, console: Console, title: str) -> None:
     """A row a kind of tensor, then the total and the moments that come near it."""
-    plan = planned.plan
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     table.add_column("part")
     table.add_column("bytes", justify="right")
@@ -203,9 +201,9 @@ def show(planned: Planned, console: Console, title: str) -> None:
     others = ", ".join(f"{name} {n / 2**30:.2f}" for name, n in grouped(plan.moments).items())
     console.print(f"the peak is reached in: {plan.moment}. Peaks by moment, GiB: {others}", soft_wrap=True)
     what = "bytes of tensors; Python, torch and the compiler come on top"
-    if planned.device == "cuda":
+    if device == "cuda":
         what = "bytes on the device, in blocks of 512; CUDA was not measured, and 500 MiB for its context are assumed"
-    console.print(f"{planned.device}: {what}", soft_wrap=True)
+    console.print(f"{device}: {what}", soft_wrap=True)
 
 
 def grouped(moments: Mapping[str, int]) -> dict[str, int]:

@@ -6,17 +6,16 @@ An interrupted run goes on where it was when it is started again; a finished one
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from engine.command import typed
 from engine.data import read_index
 from engine.data.prepare import Request, prepare
 from engine.output import printable
+from engine.progress import Bar
 from optimizers.contract import UsageError
 
 
@@ -27,28 +26,6 @@ class Prepare:
     out: tyro.conf.Positional[Path]
     """The folder to make."""
     request: Annotated[Request, tyro.conf.arg(name="")] = field(default_factory=Request)
-
-
-class Bar:
-    """Progress as a bar on a terminal, as a line every few seconds elsewhere."""
-
-    def __init__(self, console: Console, seconds: float = 5) -> None:
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.console, self.seconds = console, seconds
-        self._tasks: dict[str, TaskID] = {}
-        self._next = monotonic() + seconds
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if not total:
-            self.console.print(what, highlight=False, soft_wrap=True)
-        elif self.console.is_terminal:
-            if what not in self._tasks:
-                self._tasks[what] = self.progress.add_task(what)
-            self.progress.update(self._tasks[what], completed=done, total=total)
-        elif monotonic() > self._next:
-            self.console.print(f"{what}: {done / total:.0%}", highlight=False)
-            self._next = monotonic() + self.seconds
 
 
 def main(arguments: list[str] | None = None) -> int:

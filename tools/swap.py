@@ -12,9 +12,7 @@ Exit codes: 0 done, 1 failure, 2 bad arguments, 5 a checkpoint that cannot be us
 
 import os
 import shlex
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -22,8 +20,6 @@ import tyro
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.command import typed
-from engine.config import flags
-from engine.output import printable
 from optimizers.contract import UsageError
 
 
@@ -37,9 +33,12 @@ class Swap:
     """A recipe and its flags, such as "snsm demo --rank 48"."""
 
 
-def swap(config: Swap) -> int:
-    """Run the recipe as a process that converts, saves and stops; returns its exit code. Raises UsageError,
-    CheckpointError."""
+def swap(config: Swap) -> None:
+    """Convert, save and stop. Raises UsageError, CheckpointError."""
+    from recipes.registry import parsed, trained_by  # slow to import
+    from recipes.swap import converting
+    from recipes.train import train
+
     path: Path | None = config.source
     if not os.path.exists(config.source / checkpoint.TRAINER):
         path = checkpoint.latest(config.source).path
@@ -48,24 +47,12 @@ def swap(config: Swap) -> int:
     assert path is not None
     if checkpoint.latest(config.out).path:
         raise UsageError(f"{config.out} holds a run already; give another folder")
-    recipe, *own = shlex.split(config.to) or [""]
-    if not recipe.isidentifier():
-        raise UsageError(f"--to: got {config.to!r}, expected a recipe and its flags, such as 'snsm demo --rank 48'")
-    was = checkpoint.verify(path).get("config")
-    if not isinstance(was, dict) or "recipe" not in was:
-        raise CheckpointError(f"{path}: does not say by which recipe it was trained; resume it once with its own")
-    ends = ["--compile", "off", "--out", str(config.out), "--resume", str(path), "--swap", "only"]
-    command = [sys.executable, "-m", f"recipes.{recipe}", *own, *flags(was), *ends]
-    return subprocess.run(command, check=False).returncode
+    target = parsed(shlex.split(config.to), "--to")
+    was = replace(trained_by(checkpoint.read(path)), compile="off")
+    train(converting(target, was, path, config.out, "only"))
 
 
 if __name__ == "__main__":
-    printable()
-    try:
-        raise SystemExit(swap(tyro.cli(Swap, prog=typed(), description=__doc__)))
-    except UsageError as error:
-        code, line = 2, f"error: {error}"
-    except CheckpointError as error:
-        code, line = 5, f"error: {error}"
-    print(line, file=sys.stderr)
-    raise SystemExit(code)
+    from recipes.cli import main
+
+    main(lambda args: tyro.cli(Swap, args=args, description=__doc__, prog=typed()), swap)

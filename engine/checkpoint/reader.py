@@ -64,6 +64,11 @@ class Latest(NamedTuple):
 
     path: Path | None
     damaged: list[tuple[Path, str]]
+    record: dict[str, Any] | None = None  # what `verify` gave of it, so that `read` need not verify it again
+
+    def reader(self) -> Reader | None:
+        """The checkpoint, open; its files are not verified again."""
+        return None if self.path is None else read(self.path, self.record)
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -90,9 +95,12 @@ def verify(path: Path) -> dict[str, Any]:
     return record
 
 
-def read(path: Path) -> Reader:
-    """Verify the checkpoint at `path` and open it. Raises CheckpointError naming the first file that is wrong."""
-    record = verify(path)
+def read(path: Path, record: dict[str, Any] | None = None) -> Reader:
+    """Verify the checkpoint at `path` and open it. Raises CheckpointError naming the first file that is wrong.
+
+    `record` is what `verify` gave where the caller has just called it: every byte is hashed once.
+    """
+    record = record or verify(path)
     params, state = TensorFile(path / MODEL), TensorFile(path / OPTIMIZER)
     weights = TensorFile(path / WEIGHTS) if WEIGHTS in record["files"] else None
     if weights and (odd := weights.names.keys() - params.names.keys()):
@@ -125,11 +133,11 @@ def latest(root: Path) -> Latest:
     damaged = []
     for path in reversed(steps(root)):
         try:
-            verify(path)
+            record = verify(path)
         except CheckpointError as error:
             damaged.append((path, str(error)))
         else:
-            return Latest(path, damaged)
+            return Latest(path, damaged, record)
     return Latest(None, damaged)
 
 

@@ -146,6 +146,12 @@ class TensorFile:
         """Of one tensor, which is not read."""
         return tuple(self._content.get_slice(self.names[name]).get_shape())
 
+    def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
+        """Shape and dtype (its name in the file where torch has none) of one tensor, which is not read."""
+        part = self._content.get_slice(self.names[name])
+        stored = part.get_dtype()
+        return tuple(part.get_shape()), next((dtype for dtype, name in DTYPES.items() if name == stored), stored)
+
     def everything(self) -> dict[str, Tensor]:
         """All tensors in the order in which they were saved, tied ones as one object."""
         stored = {first: self.read(first) for first in dict.fromkeys(self.names.values())}

@@ -31,6 +31,8 @@ WORDPIECE = "vocab.txt"
 
 _BERT = frozenset({"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"})
 
+KEPT = "tokenizer"  # folder in a run that holds the vocabulary files, where there are any
+
 
 @dataclass(frozen=True)
 class Tokenizer:

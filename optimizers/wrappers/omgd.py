@@ -83,7 +83,7 @@ def omgd(
         return {**scale(slots, p, step), "entries": entries}
 
     def park(slots: Slots) -> Slots:
-        if state_policy != "offload":
+        if state_policy != "offload" or any(t.is_meta for t in slots.values()):
             return slots
         return {slot: t.cpu().pin_memory() if t.is_cuda else t.cpu() for slot, t in slots.items()}
 

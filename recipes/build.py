@@ -1,0 +1,70 @@
+"""The one builder: a config becomes a run. train, plan, inspect --fresh, compare and swap all build here.
+
+run = build(config, vocabulary, epoch)            everything but memory: model and parameters on the meta device
+state = run.optimizer.init(run.params)            what the state looks like, without memory too
+params = run.place(device)                        the weights, in the dtype that they are trained in
+step = run.step(params, state)                    the training step
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from engine.config import step_options, weights_dtype
+from engine.data.tokenizer import load_tokenizer
+from engine.segments import cut
+from engine.step import Step
+from models.llama import PRESETS, Llama
+from optimizers.contract import Optimizer, Params, State
+from optimizers.partition import freeze
+from optimizers.random import Key, fold
+
+from .config import Setup, TrainConfig
+
+
+class Run(NamedTuple):
+    """What a config trains. Model and `params` are on the meta device until `place`."""
+
+    config: TrainConfig
+    model: Llama
+    params: Params
+    optimizer: Optimizer
+    notes: list[str]  # what a user should know of the optimizer
+    key: Key  # of every draw of the optimizer
+    epoch: int
+
+    def place(self, device: torch.device | str, fill: bool = True) -> Params:
+        """Give the model memory on `device`, one tensor at a time in its final dtype; returns its parameters.
+
+        Without `fill` they hold nothing yet: for a checkpoint's weights, or on fake tensors.
+        """
+        self.model.allocate(device)
+        if fill:
+            self.model.init_weights(self.config.seed)
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self.params}
+
+    def step(self, params: Params, state: State, **changed: Any) -> Step:
+        """The step that trains `params` with `state`, both moved in place; `changed` are options of `Step`."""
+        options = step_options(self.config, next(iter(params.values())).device.type)
+        return Step(cut(self.model), params, self.optimizer, state, key=self.key, **{**options, **changed})
+
+
+def build(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Run:
+    """Model and optimizer of `config`, without memory. `epoch`: steps in a pass over the data, which matters to what
+    changes with it. Raises UsageError where settings do not go together."""
+    with torch.device("meta"):
+        model = Llama(config.shape(vocabulary))
+    model.to(weights_dtype(config))
+    params: Params = dict(model.named_parameters())
+    freeze(params, config.freeze)
+    key = fold(config.seed, "optimizer")
+    setup = Setup(model, params, epoch, key)
+    optimizer = config.optimizer_for(setup)
+    return Run(config, model, params, optimizer, config.notes(setup, optimizer), key, epoch)
+
+
+def vocabulary_of(config: TrainConfig) -> int:
+    """That of the tokenizer, or without one of the preset. Raises UsageError where it cannot be read."""
+    byte = config.tokenizer == "byte"
+    return PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer, config.eos).vocab_size

@@ -1,0 +1,37 @@
+"""The memory of a run, predicted from its config. The planner loads private modules of torch: only when asked."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.segments import cut
+
+from .build import build, vocabulary_of
+from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from engine.plan import Plan
+
+
+def device_of(config: TrainConfig) -> str:
+    """The type of the device that a run would take, such as "cuda"; it need not be here."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return name.partition(":")[0]
+
+
+def planned(
+    config: TrainConfig, vocabulary: int = 0, epoch: int = 1000, device: str = "", last: int | None = None
+) -> "Plan":
+    """What a run holds at its peak; with `last`, on the CPU, what that step alone does. Raises UsageError."""
+    from engine.plan import Built, plan
+
+    device = device or device_of(config)
+    vocabulary = vocabulary or vocabulary_of(config)
+
+    run = build(config, vocabulary, epoch)
+
+    def built() -> Built:
+        params = run.place("cpu", fill=False)
+        return Built(cut(run.model), params, run.optimizer, run.key)
+
+    return plan(built, config, device, () if last is None or device == "cuda" else (last,))
