@@ -198,7 +198,7 @@ if __name__ == "__main__":
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
         config = tyro.cli(Compare, prog=typed(), args=sys.argv[1:end], description=__doc__)
-        compare(config, sys.argv[end + 1 :], Console(soft_wrap=True))
+        compare(config, sys.argv[end + 1 :], Console(soft_wrap=True, markup=False, emoji=False))
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None

@@ -44,7 +44,7 @@ def _demo(config: Demo, out: Path) -> None:
         "SNSM": replace(snsm.PRESETS["demo"][1], out=out / "snsm", **common),
         "AdamW": baseline.Baseline(lr=1e-3, rest_lr=3e-2, out=out / "adamw", **common),
     }
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     for i, (name, run) in enumerate(runs.items(), 1):
         console.rule(f"{i} of {len(runs)}: {name}")
         train(run)

@@ -244,7 +244,7 @@ def show_memory(config: Memory) -> None:
         figures = [*theirs, sum(theirs), *ours, weights + sum(ours)]
         table.add_row(name, *(f"{figure / GIB:.2f}" for figure in figures))
     watched = sys.stdout.isatty()
-    console = Console(soft_wrap=not watched, width=None if watched else 120, highlight=False)
+    console = Console(soft_wrap=not watched, width=None if watched else 120, markup=False, emoji=False, highlight=False)
     console.print(table)
     console.print(
         "The first four as the paper counts: bfloat16, gradients of all that trains, GaLore without its bases. The "

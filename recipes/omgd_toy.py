@@ -136,7 +136,7 @@ def _toy(config: Toy) -> dict[str, Rate]:
     for way, rate in found.items():
         over = rate.late / found["no mask"].late
         table.add_row(way, f"{rate.early:.2e}", f"{rate.late:.2e}", f"{rate.slope:.2f}", f"{over:.3g}")
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     console.print(table)
     wor, step, epoch = (found[way].late for way in ("wor, epochwise", "iid, per step", "iid, per epoch"))
     console.print(

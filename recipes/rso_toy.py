@@ -123,7 +123,7 @@ def toy(config: Toy) -> None:
 
 def _toy(config: Toy) -> None:
     """In a folder that is this process's own."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     bound, means = least_squares(config.seed)
     table = Table(title="least squares, mean ||grad f||² over 400 subproblems solved exactly", box=SIMPLE_HEAD)
     for column in ("P", "1/eta = 2 Lhat", "0.2 Lhat", "0", "bound at 2 Lhat"):

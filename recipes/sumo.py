@@ -107,7 +107,7 @@ def run(config: Sumo) -> None:
     out = train(replace(config, save_every=config.every, keep_every=config.every, save_async="off"))
     found = condition.samples(out)
     (out / "condition.json").write_text(json.dumps(condition.plain(found)) + "\n", encoding="utf-8")
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
     console.print(condition.summary(found))
     picture = condition.draw(found, out / "condition.png")
     console.print(f"{picture}  {out / 'condition.json'}", highlight=False)

@@ -20,9 +20,9 @@ from optimizers.contract import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = sorted(
-    f"{file.parent.name}.{file.stem}"
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for folder in ("recipes", "tools")
-    for file in (ROOT / folder).glob("*.py")
+    for file in (ROOT / folder).rglob("*.py")
     if 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
 )
 ENCODINGS = ("ascii", "latin-1", "cp1252")
@@ -118,6 +118,15 @@ def test_names_that_are_no_unicode(tmp_path: Path) -> None:
         where = () if module.startswith("recipes") else ("out",)
         code, out, err = run(module, *where, "--data", missing, encoding="utf-8", folder=tmp_path)
         assert code == 2 and err.startswith("error: no \\udcff.txt")
+
+
+def test_names_are_not_markup(tmp_path: Path) -> None:
+    (tmp_path / "[b]data").mkdir()
+    (tmp_path / "[b]data/a.txt").write_text("some text\n" * 500)
+    (tmp_path / "[b]data/[red]x.pdf").symlink_to("nowhere")
+    code, out, err = run("tools.prepare", "[i] :key:", "--data", "[b]data", encoding="utf-8", folder=tmp_path)
+    assert code == 0, err
+    assert "[b]data: passed over 1 link to nothing ([red]x.pdf)" in out.replace("\n", " ") and "[i] :key:: ready" in out
 
 
 @pytest.mark.run

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     printable()
     config = tyro.cli(Prepare, prog=typed(), args=arguments, description=__doc__)
-    bar = Bar(Console())
+    bar = Bar(Console(markup=False, emoji=False))
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         with bar.progress:
