@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimizers import linalg
 from optimizers.apply import add
-from optimizers.contract import PARKED, Group, Params, Slots, State
+from optimizers.contract import PARKED, Group, Kind, Params, Slots, State
 from optimizers.linalg import projections
 from optimizers.random import Key
 
@@ -22,9 +22,15 @@ from .ownership import Who, described
 
 EXACT = 512  # the shorter side up to which all singular values are computed; beyond, the leading ones
 LEADING = 64  # at most so many
-KINDS = ("weights", "first moments", "second moments", "bases", "indices", "other state", "scalars")
+KINDS = ("weights", *Kind, "other state")
 COUNTS = ("elements", "active", "parked", "tensors", "active_tensors", "parked_tensors")
-FIRST, SECOND = ("exp_avg", "momentum_buffer"), ("exp_avg_sq",)
+USUAL = {  # where a head does not say what slots are there for
+    **dict.fromkeys(("exp_avg", "momentum_buffer"), Kind.FIRST),
+    "exp_avg_sq": Kind.SECOND,
+    **dict.fromkeys(("basis", "signs", "P"), Kind.BASIS),
+    **dict.fromkeys(("step", "bias_correction"), Kind.COUNTER),
+    "B": Kind.WEIGHT,
+}
 
 MEASURES = {
     "weight_rms": "root mean square of the weights",
@@ -139,7 +145,7 @@ def captured(x: Tensor, q: Tensor, other: bool) -> float:
 
 def adamw_update(slots: Slots, p: Tensor, who: Who) -> Tensor | None:
     """The update that AdamW's moments ask for, with its decay, before rounding; None for another rule, or too early."""
-    eps, fits = who.options.get("eps"), all(slots.get(name, p).shape == p.shape for name in (*FIRST[:1], *SECOND))
+    eps, fits = who.options.get("eps"), all(slots.get(name, p).shape == p.shape for name in ("exp_avg", "exp_avg_sq"))
     if (
         who.rule != "adamw"
         or not isinstance(eps, float)
@@ -158,15 +164,19 @@ def adamw_update(slots: Slots, p: Tensor, who: Who) -> Tensor | None:
 # One parameter.
 
 
-def kind(name: str, t: Tensor) -> str:
-    """What a slot is there for, by its name."""
-    if t.ndim == 0 or name in ("step", "bias_correction"):
-        return "scalars"
-    if name in FIRST or name in SECOND:
-        return "first moments" if name in FIRST else "second moments"
-    if name in ("basis", "signs", "P"):
-        return "bases"
-    return "other state" if t.is_floating_point() else "indices"
+def kind(name: str, t: Tensor, who: Who) -> str:
+    """What a slot is there for: as its rule declares it, else by its usual name."""
+    declared = who.kinds.get(name, USUAL.get(name))
+    if declared is not None:
+        return str(declared)
+    if t.ndim == 0:
+        return str(Kind.COUNTER)
+    return "other state" if t.is_floating_point() else str(Kind.INDEX)
+
+
+def first_of(slots: Slots, who: Who, sort: Kind) -> str:
+    """The first slot of a kind, or an empty name."""
+    return next((name for name, t in slots.items() if kind(name, t, who) == sort), "")
 
 
 def moved(p: Tensor, slots: Slots) -> Tensor:
@@ -176,7 +186,7 @@ def moved(p: Tensor, slots: Slots) -> Tensor:
     return p.new_zeros(p.shape[0], slots["P"].shape[-1]) if "P" in slots else p
 
 
-def check(name: str, p: Tensor, slots: Slots) -> None:
+def check(name: str, p: Tensor, slots: Slots, who: Who) -> None:
     """Raises CheckpointError where slots cannot be those of p."""
 
     def refuse(slot: str, expected: str) -> CheckpointError:
@@ -192,7 +202,9 @@ def check(name: str, p: Tensor, slots: Slots) -> None:
     like = moved(p, slots)
     sides = like.shape[-2:] if like.ndim >= 2 else ()
     for slot, t in slots.items():
-        if slot in (*FIRST, *SECOND, "basis", "P", "B", "step", "bias_correction") and not t.is_floating_point():
+        sort = kind(slot, t, who)
+        moment = sort in (Kind.FIRST, Kind.SECOND)
+        if (moment or slot in ("basis", "P", "B", "step", "bias_correction")) and not t.is_floating_point():
             raise refuse(slot, "floating point")
         if slot in ("step", "bias_correction") and t.shape != ((2,) if slot == "bias_correction" else ()):
             raise refuse(slot, "a pair" if slot == "bias_correction" else "a number")
@@ -200,7 +212,7 @@ def check(name: str, p: Tensor, slots: Slots) -> None:
             raise refuse(slot, f"{tuple(like.shape)}")
         if slot == "basis" and (t.ndim < 2 or t.shape[-2] not in sides or t.shape[-1] > t.shape[-2]):
             raise refuse(slot, f"the rows of one of {tuple(sides)} and no more columns than rows")
-        if slot in FIRST and (t.ndim != like.ndim or any(a > b for a, b in zip(t.shape, like.shape, strict=True))):
+        if sort == Kind.FIRST and (t.ndim != like.ndim or any(a > b for a, b in zip(t.shape, like.shape, strict=True))):
             raise refuse(slot, f"no larger than {tuple(like.shape)}")
         if slot == "signs" and t.shape != (min(sides, default=0),):
             raise refuse(slot, "one for each of its shorter side")
@@ -223,7 +235,7 @@ def look(name: str, p: Tensor, slots: Slots | None, who: Who, parked: bool = Fal
     p, slots = p.detach(), slots or {}
     measures, spectra = ({}, {}) if p.is_meta else measured(name, p, slots, who, rounded)
     rank = next((slots[slot].shape[-1] for slot in ("P", "basis", "index") if slot in slots), None)
-    held = [Slot(s, kind(s, t), tuple(t.shape), _dtype(t), t.numel() * t.element_size()) for s, t in slots.items()]
+    held = [Slot(s, kind(s, t, who), tuple(t.shape), _dtype(t), t.numel() * t.element_size()) for s, t in slots.items()]
     size, active = p.numel() * p.element_size(), 0
     if status == "active":
         active = slots["entries"].numel() if "entries" in slots else p.numel()
@@ -234,11 +246,11 @@ def measured(
     name: str, p: Tensor, slots: Slots, who: Who, rounded: bool
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The measures and spectra of one parameter. Raises CheckpointError where the slots cannot be its own."""
-    check(name, p, slots)
+    check(name, p, slots, who)
     like = moved(p, slots)
     measures, spectra = {"weight_rms": rms(p)}, {}
-    first = next((slot for slot in FIRST if slot in slots), "")
-    for prefix, slot in (("first", first), ("second", SECOND[0])):
+    first, second = (first_of(slots, who, sort) for sort in (Kind.FIRST, Kind.SECOND))
+    for prefix, slot in (("first", first), ("second", second)):
         if slot not in slots:
             continue
         x = slots[slot].float()
@@ -285,10 +297,10 @@ def compared(old: tuple[Tensor, Slots, Who], new: tuple[Tensor, Slots, Who], ste
     newest = subspace(after, p)
     if newest is not None and newest[0].shape[-2] in p.shape[-2:]:
         measures["change_captured"] = captured(change, *newest)
-        oldest, first = subspace(before, p), next((before[s].float() for s in FIRST if s in before), None)
+        oldest, first = subspace(before, p), before.get(first_of(before, old[2], Kind.FIRST))
         in_both = oldest if "basis" in before and oldest is not None and oldest[1] == newest[1] else None
         if in_both and first is not None and first.shape == linalg.project(p, *in_both).shape:  # its coordinates
-            measures["moment_captured"] = captured(linalg.lift(first, in_both[0], p, in_both[1]), *newest)
+            measures["moment_captured"] = captured(linalg.lift(first.float(), in_both[0], p, in_both[1]), *newest)
     return measures
 
 

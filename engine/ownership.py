@@ -1,11 +1,9 @@
 """Who moves a parameter, and how: what the head of a checkpoint says of the rules, so that tools need not guess."""
 
-import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from types import FunctionType
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from optimizers.contract import Group, Rule
@@ -16,42 +14,25 @@ HEADING = "ownership"  # the key in the head
 
 
 class Who(NamedTuple):
-    """The group that owns a parameter, as the head of a checkpoint knows it; `lr` is that of the last step."""
+    """The group that owns a parameter, as the head of a checkpoint knows it; `lr` is that of the last step, `kinds` is
+    what its rule's slots are there for, by name."""
 
     group: str = "?"
     rule: str = "?"
     lr: float = math.nan
     weight_decay: float = math.nan
     options: Mapping[str, Any] = {}
-
-
-def options(rule: Rule) -> dict[str, Any]:
-    """The settings of a rule: every number, text and tuple of them that its functions close over."""
-    found: dict[str, Any] = {}
-    seen: set[object] = set()
-
-    def search(function: Callable[..., Any] | None) -> None:
-        if not isinstance(function, FunctionType) or function in seen:
-            return
-        seen.add(function)
-        for name, value in inspect.getclosurevars(function).nonlocals.items():
-            if isinstance(value, FunctionType):
-                search(value)
-            elif isinstance(value, Rule):  # what this one wraps
-                found.update({k: v for k, v in options(value).items() if k not in found})
-            elif isinstance(value, bool | int | float | str | None) or (
-                isinstance(value, tuple) and all(isinstance(v, int | float | str) for v in value)
-            ):
-                found.setdefault(name, value)
-
-    for function in (rule.init, rule.refresh, rule.update):
-        search(function)
-    return found
+    kinds: Mapping[str, str] = {}
 
 
 def described(group: Group, factor: float = 1.0) -> Who:
     """The owner that a group is; `factor` is what the schedule makes of its learning rate."""
-    return Who(group.name, group.rule.name, group.lr * factor, group.weight_decay, options(group.rule))
+    rule = group.rule
+    return Who(group.name, rule.name, group.lr * factor, group.weight_decay, rule.settings(), _kinds(rule))
+
+
+def _kinds(rule: Rule) -> dict[str, str]:
+    return {slot.name: str(slot.kind) for slot in rule.slots}
 
 
 def rules(owner: Mapping[str, Group], factor: float) -> dict[str, str]:
@@ -70,7 +51,8 @@ def rules(owner: Mapping[str, Group], factor: float) -> dict[str, str]:
             "lr": group.lr,
             "weight_decay": group.weight_decay,
             "gap": group.rule.gap,
-            "options": options(group.rule),
+            "options": group.rule.settings(),
+            "slots": _kinds(group.rule),
         }
     group_of = {name: keys[group.name, group.rule] for name, group in owner.items()}
     names = {group.name: group.rule.name for group in owner.values()}
@@ -96,7 +78,10 @@ def read_rules(state: TensorFile) -> dict[str, Who]:
                 "weight_decay": float(wd) | int(wd),
                 "options": dict(own),
             }:
-                owners[name] = Who(re.sub(r"#\d+$", "", group), rule, lr * rate, wd, own)
+                kinds = groups[group].get("slots", {})  # not in heads of version 1.0: slots had the usual names
+                if not isinstance(kinds, dict):
+                    raise CheckpointError(f"{state.file}: damaged, its head has no slots for {group!r}")
+                owners[name] = Who(re.sub(r"#\d+$", "", group), rule, lr * rate, wd, own, kinds)
             case entry:
                 raise CheckpointError(f"{state.file}: damaged, its head gives {name} to {group!r}, which is {entry!r}")
     return owners

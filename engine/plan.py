@@ -4,7 +4,7 @@ Weights, optimizer state and step are built as for training, without memory, and
 when. Nothing here repeats what the step, an optimizer or a model does, so nothing has to be kept equal to them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizers.contract import Optimizer, Params, State
+from optimizers.contract import Group, Optimizer, Params, State, bare
 from optimizers.random import Key
 
 from .config import step_options
@@ -27,17 +27,6 @@ from .tasks.config import LanguageConfig
 CONTEXT = 500 * 2**20  # what a CUDA context and its libraries take beside tensors; an assumption, it differs by device
 LAYERS = 2**12  # more things than masks choose among, fewer than a tensor has entries
 SIMULATED = 3  # micro-batches that are really run; each one more adds the same
-SLOTS = {
-    "exp_avg": "first moments",
-    "momentum_buffer": "first moments",
-    "exp_avg_sq": "second moments",
-    "basis": "bases",
-    "P": "bases",
-    "B": "subspace weights",
-    "index": "indices and masks",
-    "mask": "indices and masks",
-    "signs": "indices and masks",
-}
 WEIGHTS, STATE = "weights", "optimizer state: "
 
 
@@ -106,9 +95,9 @@ def _simulated(
     with FakeTensorMode(allow_non_fake_inputs=True), _Drawn():  # type: ignore[no-untyped-call]
         segments, params, optimizer, key = build()
         state = optimizer.init(params)
-        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state)}.values())
+        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state, optimizer.owner)}.values())
         tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
-        _each(tally.adopt, state)
+        _each(tally.adopt, state, optimizer.owner)
         step = Step(
             segments,
             params,
@@ -132,7 +121,7 @@ def _simulated(
             for i in steps or _telling(optimizer, config.steps):
                 with tally, tally.doing("turn", "turn workspace"):
                     step.turn(i)
-                    _each(tally.name, step.state)
+                    _each(tally.name, step.state, optimizer.owner)
                 with tally:
                     step(batches, hypers, i)
             found.append(tally.peaks(before))
@@ -163,16 +152,17 @@ def _telling(optimizer: Optimizer, total: int) -> list[int]:
     return [0, *[i for i in range(1, min(total, 100_000)) if optimizer.turns(i)][:1]]
 
 
-def _slots(state: State) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the state with its kind."""
-    for slots in state.values():
+def _slots(state: State, owner: Mapping[str, Group]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the state with its kind, as its rule declares it."""
+    for key, slots in state.items():
+        kinds = {slot.name: slot.kind for slot in owner[bare(key)].rule.slots}
         for name, t in slots.items():
-            yield STATE + ("scalars" if t.numel() <= 2 else SLOTS.get(name, name)), t
+            yield STATE + kinds[name], t
 
 
-def _each(tell: Callable[[str, list[Tensor]], None], state: State) -> None:
+def _each(tell: Callable[[str, list[Tensor]], None], state: State, owner: Mapping[str, Group]) -> None:
     """Tell the kind of each; in a frame of its own, as a name left on a tensor would keep what a turn lets go."""
-    for kind, t in _slots(state):
+    for kind, t in _slots(state, owner):
         tell(kind, [t])
 
 

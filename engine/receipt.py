@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group as RenderGroup
 from rich.table import Table
 
-from optimizers.contract import Optimizer, Params, State, part, total_bytes
+from optimizers.contract import Kind, Optimizer, Params, State, part, total_bytes
 
 
 def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
@@ -18,7 +18,8 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
     owned = {name: [n for n, g in optimizer.owner.items() if g.name == name] for name in groups}
     for name, own in sorted(owned.items(), key=lambda item: -sum(params[n].numel() for n in item[1])):
         group = groups[name]
-        ranks = {state[n][slot].shape[-1] for n in own for slot in ("basis", "P") if slot in state.get(n, {})}
+        bases = [(n, slot) for n in own if n in state for slot in optimizer.owner[n].rule.names(Kind.BASIS)]
+        ranks = {state[n][slot].shape[-1] for n, slot in bases if state[n][slot].ndim > 1}
         table.add_row(
             group.rule.name,
             "\n".join(filter(None, [" ".join(group.match) or "all the rest", group.why])),

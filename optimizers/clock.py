@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from .contract import Slots
+from .contract import Kind, Slots, declare
+
+CLOCK = declare(step=Kind.COUNTER, bias_correction=Kind.COUNTER)
 
 
 def clock(p: Tensor) -> Slots:

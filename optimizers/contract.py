@@ -6,8 +6,10 @@ whole model: it says who owns which parameter, what is trainable now (`view`) an
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol
 
 from torch import Tensor
 
@@ -30,7 +32,28 @@ class Refresh(Protocol):
     def __call__(self, g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]: ...
 
 
-class Rule(NamedTuple):
+class Kind(StrEnum):
+    """What a slot is there for."""
+
+    FIRST = "first moments"
+    SECOND = "second moments"
+    BASIS = "bases"  # of a subspace, whatever it is stored as
+    WEIGHT = "subspace weights"  # what trains in the place of a parameter
+    INDEX = "indices"  # which entries or slices are meant
+    COUNTER = "scalars"  # of steps, and what else is a number
+
+
+class Slot(NamedTuple):
+    """A tensor of a rule's state, by its name. What is `given` is set by a wrapper between steps, not learned: it is
+    never taken over from another optimizer."""
+
+    name: str
+    kind: Kind
+    given: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
     """How one tensor moves.
 
     `init(p) -> slots` allocates state and draws nothing. `update(g, slots, p, hyper) -> (delta, slots)` is hot and
@@ -42,9 +65,16 @@ class Rule(NamedTuple):
     nobody has to know on the host whether there is one; `built(slots)`, a 0-d bool, says so. `export(slots, p)` and
     `adopt(moments, slots, p, key)`, cold too, carry what was learned to another rule: see `moments`. `adopt` gets fresh
     slots and both moments, and returns slots and what it did to them.
+
+    `options`, a frozen dataclass, is what the rule was made with: checkpoints say it, a swap compares it. `slots`
+    declares every slot of `init` with its kind, by which others read state; none of them knows a slot's name.
+    `gradient(g, slots)` is what the rule is given of a gradient of p, where it moves something that stands for p;
+    `product(slots)`, float32, is then what the model adds to p, if that is kept apart from it.
     """
 
     name: str
+    options: Any
+    slots: tuple[Slot, ...]
     init: Callable[[Tensor], Slots]
     update: Callable[[Tensor, Slots, Tensor, Hyper], tuple[Tensor | None, Slots]]
     refresh: Refresh | None = None
@@ -53,6 +83,51 @@ class Rule(NamedTuple):
     export: Callable[[Slots, Tensor], Moments] | None = None
     adopt: Callable[[Moments, Slots, Tensor, Key], tuple[Slots, str]] | None = None
     built: Callable[[Slots], Tensor] | None = None
+    gradient: Callable[[Tensor, Slots], Tensor] = lambda g, slots: g
+    product: Callable[[Slots], Tensor] | None = None
+
+    def names(self, *kinds: Kind) -> tuple[str, ...]:
+        """The slots of these kinds, in order."""
+        return tuple(slot.name for slot in self.slots if slot.kind in kinds)
+
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON can hold them, those of a rule inside (`over`) among them."""
+        return flat(self.options)
+
+
+def flat(options: Any) -> dict[str, Any]:
+    """The fields of an options dataclass; one called `over` holds another's options, which are told here too."""
+    own = {field.name: getattr(options, field.name) for field in fields(options)}
+    inner = own.pop("over", None)
+    return {**(flat(inner) if inner is not None else {}), **own}
+
+
+def declare(**kinds: Kind) -> tuple[Slot, ...]:
+    """Slots by name."""
+    return tuple(Slot(name, kind) for name, kind in kinds.items())
+
+
+Chosen = ParamSpec("Chosen")
+
+
+class Family(Generic[Chosen]):
+    """A rule by its name, as the registry knows it: called with the fields of its options it gives the rule.
+
+    `preset` replaces defaults of the options, for the variants that a paper names.
+    """
+
+    def __init__(
+        self, name: str, options: Callable[Chosen, Any], build: Callable[[str, Any], Rule], **preset: Any
+    ) -> None:
+        self.name, self.options, self._build, self.preset = name, options, build, MappingProxyType(preset)
+        self.__doc__ = build.__doc__
+
+    def __call__(self, *args: Chosen.args, **kwargs: Chosen.kwargs) -> Rule:
+        return self.of(self.options(*args, **{**self.preset, **kwargs}))
+
+    def of(self, options: Any) -> Rule:
+        """The rule with these options, which replace the preset too."""
+        return self._build(self.name, options)
 
 
 class Group(NamedTuple):
@@ -96,10 +171,15 @@ class Optimizer(NamedTuple):
 PARKED = "parked:"  # before a parameter's name in the state: slots of a frozen tensor, kept for its return
 
 
+def bare(key: str) -> str:
+    """The parameter that a key of the state is about, be it parked or not."""
+    return key.rpartition(PARKED)[2]
+
+
 def part(state: State, names: Iterable[str]) -> State:
     """The state of these parameters, parked slots among it."""
     own = set(names)
-    return {key: slots for key, slots in state.items() if key.removeprefix(PARKED) in own}
+    return {key: slots for key, slots in state.items() if bare(key) in own}
 
 
 def state_bytes(slots: Slots) -> int:

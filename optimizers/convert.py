@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import PARKED, Hyper, Optimizer, Params, Rule, Slots, State
+from .contract import PARKED, Hyper, Kind, Optimizer, Params, Rule, Slots, State, bare
 from .moments import GUESSED, UNKNOWN, Moments, complete
 from .random import Key, fold, normal
 
@@ -40,14 +40,14 @@ def convert(
     `target.init` does.
     """
     fresh, rows = target.init(params, step), []
-    sizes = _sizes(params, state, source) if any(name.removeprefix(PARKED) not in state for name in fresh) else {}
-    for name, slots in fresh.items():
-        bare = name.removeprefix(PARKED)
-        new = target.owner[bare].rule
-        old = source.owner[bare].rule if bare in source.owner else new  # it was frozen
-        held = state[bare] if bare in state else state.get(PARKED + bare, {})
-        size = sizes.get(_kind(bare))
-        fresh[name], row = _one(bare, params[bare], held, slots, old, new, fold(key, "convert", bare), size)
+    sizes = _sizes(params, state, source) if any(bare(name) not in state for name in fresh) else {}
+    for where, slots in fresh.items():
+        name = bare(where)
+        new = target.owner[name].rule
+        old = source.owner[name].rule if name in source.owner else new  # it was frozen
+        held = state[name] if name in state else state.get(PARKED + name, {})
+        size = sizes.get(_kind(name))
+        fresh[where], row = _one(name, params[name], held, slots, old, new, fold(key, "convert", name), size)
         rows.append(row)
     return fresh, rows
 
@@ -60,12 +60,12 @@ def _kind(name: str) -> str:
 def _sizes(params: Params, state: Mapping[str, Slots], source: Optimizer) -> dict[str, float]:
     """The mean second moment by kind of parameter, of what has state."""
     found: dict[str, list[float]] = {}
-    for name, slots in state.items():
-        bare = name.removeprefix(PARKED)
-        export = source.owner[bare].rule.export
-        second = complete(export(slots, params[bare])).second if export and slots else None
+    for where, slots in state.items():
+        name = bare(where)
+        export = source.owner[name].rule.export
+        second = complete(export(slots, params[name])).second if export and slots else None
         if second is not None:
-            found.setdefault(_kind(bare), []).append(float(second.mean()))
+            found.setdefault(_kind(name), []).append(float(second.mean()))
     return {kind: fmean(means) for kind, means in found.items()}
 
 
@@ -74,12 +74,12 @@ def _one(
 ) -> tuple[Slots, Row]:
     """One tensor: its new slots, and the report's row. `size` is the second moment of its like."""
     nan = float("nan")
-    if old.name == new.name and _like(held, slots) and not new.refresh and "P" not in slots:
+    if _same(old, new, held, slots):
         return dict(held), Row(name, old.name, new.name, "kept", 1.0, 1.0, 1.0)
     moments = complete(old.export(held, p)) if held and old.export else UNKNOWN
     if moments.first is None or new.adopt is None:
         if new.refresh:  # a basis like any other, until its own turn comes: coordinates would be worse
-            slots, _ = new.refresh(_seen(normal(key, tuple(p.shape), p.device), slots), slots, key)
+            slots, _ = new.refresh(new.gradient(normal(key, tuple(p.shape), p.device), slots), slots, key)
         did = "reset: nothing was learned yet" if held else "reset: it was frozen"
         if not held and size and new.adopt is not None:
             rest = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -90,24 +90,30 @@ def _one(
     after = complete(new.export(made, p)) if new.export else UNKNOWN
     first = second = nan
     if after.first is not None and after.second is not None and moments.second is not None:
-        first = float(after.first.square().sum() / moments.first.square().sum())
+        first = float(after.first.double().square().sum() / moments.first.double().square().sum())
         second = float(after.second.sum() / moments.second.sum())
     sizes = [_update(rule, s, moments.first, p) for rule, s in ((old, held), (new, made))]
     return made, Row(name, old.name, new.name, did, first, second, sizes[1] / sizes[0] if sizes[0] else nan)
 
 
-def _seen(g: Tensor, slots: Slots) -> Tensor:
-    """What a rule is given of a gradient: all of it, or, in a random subspace, G P."""
-    return g @ slots["P"].float() if "P" in slots else g
-
-
 def _update(rule: Rule, slots: Slots, g: Tensor, p: Tensor) -> float:
     """RMS of the update that a gradient equal to the first moment brings, at learning rate 1 and without decay."""
     hyper: Hyper = {key: torch.tensor(value, device=p.device) for key, value in (("lr", 1.0), ("weight_decay", 0.0))}
-    delta, new = rule.update(_seen(g, slots), slots, p, hyper)
+    delta, new = rule.update(rule.gradient(g, slots), slots, p, hyper)
     if delta is None:
-        delta = (new["B"] - slots["B"]) @ slots["P"].float().T
-    return float(delta.float().square().mean().sqrt())
+        assert rule.product is not None, rule.name
+        delta = rule.product(new) - rule.product(slots)
+    return float(delta.double().square().mean().sqrt())
+
+
+def _same(old: Rule, new: Rule, held: Slots, slots: Slots) -> bool:
+    """May the slots stay as they are: the same rule with the same options, under wrappers that give the same, and no
+    weights among them, as those were merged?"""
+    if (old.name, old.options, old.slots) != (new.name, new.options, new.slots) or new.names(Kind.WEIGHT):
+        return False
+    return _like(held, slots) and all(
+        torch.equal(held[slot.name], slots[slot.name]) for slot in new.slots if slot.given
+    )
 
 
 def _like(a: Slots, b: Slots) -> bool:

@@ -7,6 +7,7 @@ beside each other during a run of SUMO, saved with every checkpoint like any oth
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.curves import COLOURS, FAINT, INK
-from optimizers.contract import Hyper, Rule, Slots, State
+from optimizers.contract import Hyper, Kind, Rule, Slots, State, declare
 from optimizers.linalg import project
 from optimizers.rules.muon import newton_schulz
 
@@ -36,7 +37,8 @@ def watched(rule: Rule, momentum: float) -> Rule:
         inside = project(g, slots["basis"]).square().sum() / g.square().sum().clamp(min=1e-38)
         return delta, {**new, "full_momentum": momentum * slots["full_momentum"] + g, "energy": inside}
 
-    return rule._replace(init=init, update=update)
+    slots = (*rule.slots, *declare(full_momentum=Kind.FIRST, energy=Kind.COUNTER))
+    return replace(rule, slots=slots, init=init, update=update)
 
 
 class Sample(NamedTuple):

@@ -14,8 +14,12 @@ from optimizers.partition import partition
 from optimizers.random import fold, normal
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import adagrad_sn, adam_sn, rmsprop_sn, snsm
+from optimizers.rules.sumo import sumo
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.traversal import layers, traversal
 
 RULES: dict[str, Rule] = {
     "adamw": adamw(),
@@ -78,6 +82,62 @@ def test_a_rule_takes_over_its_own_state_exactly(name):
     got, rows = convert(PARAMS, state, source, optimizer(RULES[name]), 60, fold(5))
     assert all(torch.equal(got[n][s], t) for n, slots in state.items() for s, t in slots.items())
     assert all(row.did == "kept" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (sgd(0.9), sgd(0.99)),
+        (sgd(0.9), sgd(0.5, nesterov=True)),
+        (muon(0.9), muon(0.99)),
+        (sumo(6, momentum=0.9), sumo(6, momentum=0.99)),
+        (snsm(6, betas=(0.9, 0.999)), snsm(6, betas=(0.95, 0.99))),
+        (adamw((0.9, 0.999)), adamw((0.8, 0.95))),
+        (adam_sn(subset="heuristic"), adam_sn(subset="sqrt")),
+        (galore(6), galore(6, betas=(0.8, 0.99))),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_other_settings_are_converted_and_say_the_same(old, new):
+    """What the state stands for, a gradient's moments, stays; what it is stored as belongs to the settings."""
+    source, target = optimizer(old), optimizer(new)
+    state = trained(source)
+    got, rows = convert(PARAMS, state, source, target, 60, fold(5))
+    for row in rows:
+        p = PARAMS[row.name]
+        before, after = old.export(state[row.name], p), new.export(got[row.name], p)
+        assert float((after.first - before.first).norm() / before.first.norm()) < 0.05, row
+    if old.name == "sgd":
+        for n in PARAMS:
+            factor = (1 - old.options.momentum) / (1 - new.options.momentum)
+            expected = state[n]["momentum_buffer"] * factor
+            torch.testing.assert_close(got[n]["momentum_buffer"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["grad", "update"])
+@pytest.mark.parametrize("rule", [adamw(), sgd()], ids=lambda rule: rule.name)
+def test_one_run_has_one_scale(rule, mode):
+    """From 2 of 6 layers to 3 of 6: what is active in both takes the new scale, and its moments are of that size."""
+    params = {f"layers.{i}.w": PARAMS["tall"].clone() for i in range(6)}
+    base = partition(params, [Group("all", rule, ("",), 1e-3)])
+    two, three = (
+        omgd(base, params, traversal(layers(params), fold(1), active=active, period=100), mode) for active in (2, 3)
+    )
+    state = two.init(params)
+    names = list(state)
+    for t in range(20):
+        grads = {n: normal(fold(3, n, t), (20, 12)) + 1 for n in names}
+        _, state = two.update(grads, state, params, HYPER)
+    got, _ = convert(params, state, two, three, 20, fold(5))
+    assert {float(slots["scale"]) for slots in got.values()} == {2.0}
+    both = [n for n in names if n in got]
+    assert both
+    for n in both:
+        before, after = (made.owner[n].rule.export(s[n], params[n]) for made, s in ((two, state), (three, got)))
+        torch.testing.assert_close(after.first, before.first, rtol=1e-4, atol=1e-6)
+    again, rows = convert(params, state, two, two, 20, fold(5))
+    assert all(row.did == "kept" for row in rows)
+    assert all(torch.equal(again[n][k], t) for n, slots in state.items() for k, t in slots.items())
 
 
 def test_subset_sums_are_exact():

@@ -16,7 +16,7 @@ from engine import checkpoint, inspection, ownership
 from engine.checkpoint import CheckpointError
 from engine.checkpoint.tensorfile import TensorFile
 from engine.inspection import MEASURES, compared, look, overlap, spectrum
-from engine.ownership import Who, options
+from engine.ownership import Who
 from optimizers import linalg
 from optimizers.contract import PARKED, Group
 from optimizers.linalg import projections
@@ -24,6 +24,8 @@ from optimizers.random import Key, normal
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.snsm import snsm
+from optimizers.wrappers.omgd import scaled
+from optimizers.wrappers.rso import subspace
 from tools import inspect as tool
 from tools.inspect_report import plain, write_rich
 
@@ -131,7 +133,7 @@ def test_a_weight_with_a_product_beside_it_is_compared_with_it():
 def test_the_update_of_adamw_is_the_one_it_made(eps):
     rule, p = adamw(eps=eps), gaussian(8, 6)
     slots, hyper = rule.init(p), {"lr": torch.tensor(0.01), "weight_decay": torch.tensor(0.1)}
-    who = ownership.Who("g", "adamw", 0.01, 0.1, options(rule))
+    who = ownership.Who("g", "adamw", 0.01, 0.1, rule.settings())
     assert "update_rms" not in look("w", p, slots, who).measures, "there was none yet"
     for k in range(3):
         delta, slots = rule.update(gaussian(8, 6, key=k), slots, p, hyper)
@@ -196,10 +198,11 @@ def test_slots_that_cannot_belong_to_a_weight_are_named(case):
 
 
 def test_the_settings_of_a_rule_are_found():
-    assert options(adamw((0.8, 0.9), 1e-5)) == {"b1": 0.8, "b2": 0.9, "betas": (0.8, 0.9), "eps": 1e-5}
-    found = options(galore(rank=7, moments="rotate"))
+    assert adamw((0.8, 0.9), 1e-5).settings() == {"betas": (0.8, 0.9), "eps": 1e-5}
+    found = galore(rank=7, moments="rotate").settings()
     assert (found["rank"], found["moments"], found["scale"]) == (7, "rotate", 0.25)
-    assert {"rank", "subset", "proj_type", "eps"} <= options(snsm(rank=3, subset=5)).keys()
+    wrapped = subspace(scaled(snsm(rank=3, subset=5), "update"), 8).settings()
+    assert wrapped["rank"] == 8 and wrapped["subset"] == 5 and wrapped["mode"] == "update", "the outer one's is told"
 
 
 def test_the_head_says_who_owns_what(tmp_path):

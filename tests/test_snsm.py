@@ -318,7 +318,7 @@ def test_the_whole_space_is_plain_momentum(kind, shape):
 
 def test_names_have_the_papers_settings():
     p = randn(8, 12)
-    slots = {make.keywords["name"]: set(make(**r).init(p)) - set(clock(p)) for make, r in NAMES.items()}
+    slots = {make.name: set(make(**r).init(p)) - set(clock(p)) for make, r in NAMES.items()}
     momentum, size, basis = {"exp_avg"}, {"exp_avg_sq"}, {"basis"}
     assert slots == {
         "adam_sn": momentum | size,

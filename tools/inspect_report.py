@@ -73,7 +73,7 @@ def plain(report: Report) -> dict[str, Any]:
         content["traversal"] = report.traversal
     content["measures"] = {measure: text for measure, text in MEASURES.items() if measure in used}
     content["parameters"] = [
-        {"name": one.name, **one.who._asdict(), **one._asdict(), "slots": [slot._asdict() for slot in one.slots]}
+        {"name": one.name, **_owner(one), **one._asdict(), "slots": [slot._asdict() for slot in one.slots]}
         for one in report.looks
     ]
     for parameter in content["parameters"]:
@@ -209,3 +209,8 @@ def short(looks: Sequence[Look]) -> dict[str, str]:
     found = {one.name: "{} {}".format(*at) if (at := place(one.name)) else one.name for one in looks}
     found = {name: text.removeprefix("model.").removesuffix(".weight") for name, text in found.items()}
     return found if len(set(found.values())) == len(found) else {name: name for name in found}
+
+
+def _owner(one: Look) -> dict[str, Any]:
+    """Who moves a parameter; what its slots are there for is said with the slots."""
+    return {field: value for field, value in one.who._asdict().items() if field != "kinds"}

@@ -16,7 +16,7 @@ Before the first one is drawn a basis is zero, and an index negative (counted fr
 import torch
 from torch import Tensor
 
-from ..contract import Slots
+from ..contract import Kind, Slots
 from ..random import Key, fold, permutation, signs
 from . import bases as linalg
 
@@ -37,6 +37,13 @@ def blank(kind: str, p: Tensor, rank: int) -> Slots:
     if kind == "topk":
         return {"index": index.expand(*p.shape[:-2], rank).contiguous()}
     return {"index": index} if kind == "uniform" else {"basis": linalg.no_basis(p, rank)}
+
+
+def kinds(kind: str) -> dict[str, Kind]:
+    """The slots of a projection."""
+    if kind in ("topk", "uniform"):
+        return {"index": Kind.INDEX}
+    return {"index": Kind.INDEX, "signs": Kind.BASIS} if kind == "srht" else {"basis": Kind.BASIS}
 
 
 def missing(slots: Slots) -> Tensor:

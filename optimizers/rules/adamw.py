@@ -6,17 +6,30 @@
 Equal to torch.optim.AdamW up to rounding. t counts a tensor's own active steps.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..clock import clock, tick
-from ..contract import Hyper, Rule, Slots
+from ..clock import CLOCK, clock, tick
+from ..contract import Family, Hyper, Kind, Rule, Slots, declare
 from ..moments import Moments, clocked, unbiased
 from ..random import Key
 
 
-def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Rule:
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW's settings."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """What is added to the root of the second moment."""
+
+
+def build(name: str, options: AdamW) -> Rule:
     """Slots: `exp_avg`, `exp_avg_sq` (p's shape, float32) and the scalars of `clock`."""
+    betas, eps = options.betas, options.eps
     b1, b2 = betas
 
     def init(p: Tensor) -> Slots:
@@ -40,4 +53,8 @@ def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Rule:
         assert moments.first is not None and moments.second is not None
         return {**scalars, "exp_avg": moments.first * c1, "exp_avg_sq": moments.second * c2}, "kept"
 
-    return Rule("adamw", init, update, export=export, adopt=adopt)
+    slots = (*CLOCK, *declare(exp_avg=Kind.FIRST, exp_avg_sq=Kind.SECOND))
+    return Rule(name, options, slots, init, update, export=export, adopt=adopt)
+
+
+adamw = Family("adamw", AdamW, build)

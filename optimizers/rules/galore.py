@@ -16,30 +16,47 @@ is not finite, or all zero, keeps the old basis; where there is none yet, the fi
 Refreshes are staggered over tensors by `partition` unless told otherwise.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .. import linalg
-from ..clock import clock, tick
-from ..contract import Hyper, Rule, Slots, UsageError
+from ..clock import CLOCK, clock, tick
+from ..contract import Family, Hyper, Kind, Rule, Slots, UsageError, declare
 from ..linalg import lift, project
 from ..moments import Moments, clocked, factored, unbiased
 from ..random import Key
 
 
-def galore(
-    rank: int = 128,
-    update_proj_gap: int = 200,
-    scale: float = 0.25,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-6,
-    moments: str = "keep",
-    basis: str = "range",
-) -> Rule:
+@dataclass(frozen=True)
+class GaLore:
+    """GaLore's settings."""
+
+    rank: int = 128
+    """Dimension of the subspace."""
+    update_proj_gap: int = 200
+    """Steps between two bases."""
+    scale: float = 0.25
+    """What an update is multiplied by."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-6
+    """What is added to the root of the second moment."""
+    moments: Literal["keep", "reset", "rotate"] = "keep"
+    """What happens to the moments when the basis changes."""
+    basis: Literal["range", "svd"] = "range"
+    """Leading directions of the gradient: by a randomized range finder, or exact."""
+
+
+def build(name: str, options: GaLore) -> Rule:
     """Slots: `basis` (short, r), `exp_avg` and `exp_avg_sq` (m, r) or (r, n), float32, and the scalars of `clock`.
 
     Raises UsageError for a rank above the shorter side, for 1-D tensors and for unknown options.
     """
+    rank, update_proj_gap, scale, betas = options.rank, options.update_proj_gap, options.scale, options.betas
+    eps, moments, basis = options.eps, options.moments, options.basis
     b1, b2 = betas
     if moments not in ("keep", "reset", "rotate"):
         raise UsageError(f"galore: moments must be 'keep', 'reset' or 'rotate', got {moments!r}")
@@ -54,11 +71,14 @@ def galore(
         zeros = torch.zeros_like(project(p.float(), q), memory_format=torch.contiguous_format)
         return {**clock(p), "basis": q, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
+    def leading(x: Tensor, key: Key) -> Tensor:
+        return linalg.svd_basis(x, rank) if basis == "svd" else linalg.range_basis(x, rank, key)
+
     def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
         old, (x, wanted) = slots["basis"], linalg.directions(g)
         if only_missing:
             wanted = wanted & linalg.missing(old)
-        new = linalg.svd_basis(x, rank) if basis == "svd" else linalg.range_basis(x, rank, key)
+        new = leading(x, key)
         taken = wanted & linalg.finite(new)
         q = torch.where(taken, new, old).contiguous()
         out, m, v = slots | {"basis": q}, slots["exp_avg"], slots["exp_avg_sq"]
@@ -91,11 +111,17 @@ def galore(
     def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
         scalars, c1, c2 = clocked(moments, betas, p)
         assert moments.first is not None and moments.second is not None
-        q = refresh(moments.first, slots, key)[0]["basis"]
+        x, good = linalg.directions(moments.first)
+        new = leading(x, key)
+        q = torch.where(good & linalg.finite(new), new, slots["basis"]).contiguous()
         m, v = project(moments.first * c1, q), project(moments.second * c2, q.square())
         return {**scalars, "basis": q, "exp_avg": m.contiguous(), "exp_avg_sq": v.contiguous()}, "projected"
 
     def built(slots: Slots) -> Tensor:
         return ~linalg.missing(slots["basis"]).any()
 
-    return Rule("galore", init, update, refresh, update_proj_gap, 0, export, adopt, built)
+    slots = (*CLOCK, *declare(basis=Kind.BASIS, exp_avg=Kind.FIRST, exp_avg_sq=Kind.SECOND))
+    return Rule(name, options, slots, init, update, refresh, update_proj_gap, 0, export, adopt, built)
+
+
+galore = Family("galore", GaLore, build)

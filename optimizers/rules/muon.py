@@ -10,28 +10,48 @@ The iteration does not converge to U V^T: singular values end in about [0.7, 1.2
 Where this differs. `orthogonalize="exact"` takes U V^T itself, at the cost of an eigendecomposition.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from ..contract import Hyper, Rule, Slots, UsageError
+from ..contract import Family, Hyper, Kind, Rule, Slots, UsageError, declare
 from ..linalg.polar import newton_schulz as newton_schulz
 from ..linalg.polar import polar
 from ..moments import Moments
 from ..random import Key
 
 
-def muon(
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    steps: int = 5,
-    adjust_lr: str = "match_rms_adamw",
-    dtype: torch.dtype = torch.bfloat16,
-    orthogonalize: str = "newton_schulz",
-) -> Rule:
-    """Slots: `momentum_buffer` (p's shape, float32). `steps` and `dtype` are those of the Newton-Schulz iteration.
+@dataclass(frozen=True)
+class Muon:
+    """Muon's settings."""
 
-    Raises UsageError for tensors that are not matrices and for an unknown `adjust_lr` or `orthogonalize`.
+    momentum: float = 0.95
+    """Decay of the average gradient."""
+    nesterov: bool = True
+    """Orthogonalise the gradient and the momentum together."""
+    steps: int = 5
+    """Of the Newton-Schulz iteration."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Scale of an update; match_rms_adamw lets AdamW's learning rates carry over."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the iteration computes in."""
+    orthogonalize: Literal["newton_schulz", "exact"] = "newton_schulz"
+    """Muon's iteration, or U V^T itself."""
+
+
+def build(name: str, options: Muon) -> Rule:
+    """Slots: `momentum_buffer` (p's shape, float32).
+
+    Raises UsageError for tensors that are not matrices and for options that it does not know.
     """
+    momentum, nesterov, steps = options.momentum, options.nesterov, options.steps
+    adjust_lr, orthogonalize = options.adjust_lr, options.orthogonalize
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if options.dtype not in dtypes:
+        raise UsageError(f"muon: dtype must be 'bfloat16' or 'float32', got {options.dtype!r}")
+    dtype = dtypes[options.dtype]
     if orthogonalize not in ("newton_schulz", "exact"):
         raise UsageError(f"muon: orthogonalize must be 'newton_schulz' or 'exact', got {orthogonalize!r}")
     if adjust_lr not in ("match_rms_adamw", "original"):
@@ -58,4 +78,7 @@ def muon(
         assert moments.first is not None
         return {"momentum_buffer": moments.first.clone()}, "kept"
 
-    return Rule("muon", init, update, export=export, adopt=adopt)
+    return Rule(name, options, declare(momentum_buffer=Kind.FIRST), init, update, export=export, adopt=adopt)
+
+
+muon = Family("muon", Muon, build)

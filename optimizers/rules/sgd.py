@@ -6,16 +6,29 @@ Equal to torch.optim.SGD with dampening 0 at wd 0. torch couples the decay with 
 as in every other rule, so that a decay means the same under all of them.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..contract import Hyper, Rule, Slots, UsageError
+from ..contract import Family, Hyper, Kind, Rule, Slots, UsageError, declare
 from ..moments import UNKNOWN, Moments
 from ..random import Key
 
 
-def sgd(momentum: float = 0.9, nesterov: bool = False) -> Rule:
+@dataclass(frozen=True)
+class SGD:
+    """SGD's settings."""
+
+    momentum: float = 0.9
+    """Decay of the sum of gradients; at 0 there is no state."""
+    nesterov: bool = False
+    """Step as if the momentum had moved already."""
+
+
+def build(name: str, options: SGD) -> Rule:
     """Slots: `momentum_buffer` (p's shape, float32), or none at momentum 0."""
+    momentum, nesterov = options.momentum, options.nesterov
     if nesterov and not momentum:
         raise UsageError("sgd: nesterov needs a momentum above 0; got momentum 0")
 
@@ -40,4 +53,8 @@ def sgd(momentum: float = 0.9, nesterov: bool = False) -> Rule:
         assert moments.first is not None
         return ({"momentum_buffer": moments.first / (1 - momentum)}, "kept") if slots else (slots, "dropped")
 
-    return Rule("sgd", init, update, export=export, adopt=adopt)
+    slots = declare(momentum_buffer=Kind.FIRST) if momentum else ()
+    return Rule(name, options, slots, init, update, export=export, adopt=adopt)
+
+
+sgd = Family("sgd", SGD, build)

@@ -19,15 +19,16 @@ orthogonal projections; these are. A large G gets a randomized range finder, not
 all zero, changes neither basis nor momentum at a refresh; `update` does not look, and the engine stops the run.
 """
 
-from functools import partial
+from dataclasses import dataclass
 from math import isqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import linalg
-from ..clock import clock, tick
-from ..contract import Hyper, Rule, Slots, UsageError
+from ..clock import CLOCK, clock, tick
+from ..contract import Family, Hyper, Kind, Rule, Slots, UsageError, declare
 from ..linalg import projections
 from ..moments import Moments, clocked, unbiased
 from ..random import Key
@@ -51,34 +52,53 @@ def sums(g: Tensor, subset: int | str) -> Tensor:
     return square.sum(linalg.shorter(g) if subset == "heuristic" else -1, keepdim=True)
 
 
-def snsm(
-    rank: int | None = None,
-    update_proj_gap: int = 200,
-    numerator: str = "subspace",
-    second: str = "subset",
-    subset: int | str = "heuristic",
-    proj_type: str = "auto",
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-6,
-    correct_bias: bool = True,
-    correct_complement: bool = True,
-    moments: str = "reset",
-    compat: str = "",
-    name: str = "snsm",
-) -> Rule:
-    """The family; its defaults are the recommended setting, with a rank of a quarter of the shorter side.
+@dataclass(frozen=True)
+class Snsm:
+    """Settings of Subset-Norm and Subspace-Momentum."""
 
-    numerator  "gradient" (also at b1 = 0), "ema", "subspace"
-    second     "none" (also at b2 = 0), "coordinate", "subset"; with a subspace, an entry of G near zero does not mean
-               one of num, so "coordinate" takes huge steps there until v has seen some gradients: warm up
-    subset     "heuristic", "sqrt", K, -q: see `grouped` and `sums`
-    proj_type  "svd", "range" (randomized), "auto" (one of the two, by size), "random" (orthonormal) and "srht" act on
-               the shorter side; "topk" (by norm) and "uniform" pick whole slices along the longer one
-    moments    what a refresh does to m: "reset", "keep" (its coordinates, now of another basis), "rotate"
+    rank: int | None = None
+    """Dimension of the momentum's subspace; by default a quarter of the shorter side."""
+    update_proj_gap: int = 200
+    """Steps between two bases."""
+    numerator: Literal["gradient", "ema", "subspace"] = "subspace"
+    """What is divided: the gradient (also at b1 = 0), its average, or the average in a subspace and G outside."""
+    second: Literal["none", "coordinate", "subset"] = "subset"
+    """Second moments: none (also at b2 = 0), of every entry, of subsets. With a subspace, an entry of G near zero does
+    not mean one of what is divided: there "coordinate" takes huge steps until it has seen some gradients. Warm up."""
+    subset: int | str = "heuristic"
+    """Which entries share a step size: heuristic (a row or a column), sqrt, a size K, or -q for sqrt(size)/q."""
+    proj_type: Literal["auto", "svd", "range", "random", "srht", "topk", "uniform"] = "auto"
+    """On the shorter side svd, range (randomized), auto (one of the two, by size), random (orthonormal), srht; whole
+    slices along the longer one topk (by norm), uniform."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-6
+    """What is added to the root of the second moment."""
+    correct_bias: bool = True
+    """Correct the moments for their start at zero."""
+    correct_complement: bool = True
+    """Let bias correction also multiply the part of the gradient outside the subspace, as the authors do."""
+    moments: Literal["reset", "keep", "rotate"] = "reset"
+    """What a refresh does to the momentum; keep: its coordinates, now of another basis."""
+    compat: Literal["", "sn-sm"] = ""
+    """sn-sm: the authors' first release, to the letter."""
 
-    Slots: `exp_avg` (of the shape of P G), `exp_avg_sq`, those of `projections` and of `clock`. Raises UsageError
-    for unknown options, and in `init` for a subspace of a 1-D tensor or of a rank above its shorter side.
+
+def build(name: str, options: Snsm) -> Rule:
+    """Slots: `exp_avg` (of the shape of P G), `exp_avg_sq`, those of `projections` and of `clock`.
+
+    Raises UsageError for unknown options, and in `init` for a subspace of a 1-D tensor or of a rank above its shorter
+    side.
     """
+    rank, update_proj_gap, proj_type, moments = (
+        options.rank,
+        options.update_proj_gap,
+        options.proj_type,
+        options.moments,
+    )
+    numerator, second, subset, compat = options.numerator, options.second, options.subset, options.compat
+    betas, eps = options.betas, options.eps
+    correct_bias, correct_complement = options.correct_bias, options.correct_complement
     b1, b2 = betas
     for option, got, known in (
         ("numerator", numerator, ("gradient", "ema", "subspace")),
@@ -174,21 +194,26 @@ def snsm(
             did.append("second moment kept" if subset == "coordinate" else "second moment summed into subsets")
         return new, ", ".join(did) or "dropped"
 
+    declared = {} if numerator == "gradient" else {"exp_avg": Kind.FIRST}
+    declared |= {} if second == "none" else {"exp_avg_sq": Kind.SECOND}
     if not subspace:
-        return Rule(name, init, update, export=export, adopt=adopt)
+        return Rule(name, options, (*CLOCK, *declare(**declared)), init, update, export=export, adopt=adopt)
+    declared |= projections.kinds(proj_type) | ({"stale": Kind.COUNTER} if stale else {})
     offset = update_proj_gap - 1 if compat == "sn-sm" else 0
 
     def built(slots: Slots) -> Tensor:
         return ~projections.missing(slots).any()
 
-    return Rule(name, init, update, refresh, update_proj_gap, offset, export, adopt, built)
+    slots = (*CLOCK, *declare(**declared))
+    return Rule(name, options, slots, init, update, refresh, update_proj_gap, offset, export, adopt, built)
 
 
 # The paper's names; where they share a setting it is the default above.
-adam_sn = partial(snsm, name="adam_sn", numerator="ema")
-adagrad_sn = partial(snsm, name="adagrad_sn", numerator="ema", betas=(0.9, 1.0), correct_bias=False)
-rmsprop_sn = partial(snsm, name="rmsprop_sn", numerator="gradient", betas=(0.0, 0.999), correct_bias=False)
-adam_snsm = partial(snsm, name="adam_snsm", proj_type="svd")
-adagrad_snsm = partial(snsm, name="adagrad_snsm", proj_type="svd", betas=(0.9, 1.0), correct_bias=False)
-sgd_sm = partial(snsm, name="sgd_sm", proj_type="svd", second="none", betas=(0.9, 0.0), correct_bias=False)
-adam_sm = partial(snsm, name="adam_sm", proj_type="svd", second="coordinate")
+snsm = Family("snsm", Snsm, build)
+adam_sn = Family("adam_sn", Snsm, build, numerator="ema")
+adagrad_sn = Family("adagrad_sn", Snsm, build, numerator="ema", betas=(0.9, 1.0), correct_bias=False)
+rmsprop_sn = Family("rmsprop_sn", Snsm, build, numerator="gradient", betas=(0.0, 0.999), correct_bias=False)
+adam_snsm = Family("adam_snsm", Snsm, build, proj_type="svd")
+adagrad_snsm = Family("adagrad_snsm", Snsm, build, proj_type="svd", betas=(0.9, 1.0), correct_bias=False)
+sgd_sm = Family("sgd_sm", Snsm, build, proj_type="svd", second="none", betas=(0.9, 0.0), correct_bias=False)
+adam_sm = Family("adam_sm", Snsm, build, proj_type="svd", second="coordinate")

@@ -31,14 +31,15 @@ Ours too: `basis="track"` multiplies the old basis by G G^T once, which is cheap
 it s rho times its factor by Muon's iteration: as SUMO in memory, as Muon in time.
 """
 
-from functools import partial
+from dataclasses import dataclass
 from math import sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import linalg
-from ..contract import Hyper, Rule, Slots, UsageError
+from ..contract import Family, Hyper, Kind, Rule, Slots, UsageError, declare
 from ..linalg.polar import METHODS, newton_schulz, polar
 from ..moments import Moments
 from ..random import Key, normal
@@ -46,38 +47,59 @@ from ..random import Key, normal
 MATRIX = (-2, -1)
 
 
-def sumo(
-    rank: int = 128,
-    update_proj_gap: int = 200,
-    momentum: float = 0.95,
-    nesterov: str = "correct",
-    basis: str = "random",
-    moments: str = "rotate",
-    side: str = "shorter",
-    refresh_below: float | None = None,
-    limiter: float | None = None,
-    rms: float = 0.2,
-    alpha: float | str = "match",
-    rho: float = 1.0,
-    perpendicular: str = "raw",
-    orthogonalize: str = "auto",
-    decay: str = "before",
-    name: str = "sumo",
-) -> Rule:
-    """The family; its defaults are the recommended setting.
+@dataclass(frozen=True)
+class Sumo:
+    """SUMO's settings; the defaults are the recommended ones."""
 
-    nesterov       "correct", "none" (heavy ball), "release"
-    basis          "random" (away from the old one), "range" (the leading directions of G, randomized: 2 r directions, 2
-                   power iterations), "svd", "track" (one subspace iteration from the old basis; at first, a random one)
-    moments        what a refresh does to M: "rotate", "keep" (its coordinates, now of another basis), "reset"
-    alpha          "match" or a number
-    orthogonalize  a method of `polar`
-    decay          "before" the step, as Algorithm 1 has it, or "after" it: then the step decays too
+    rank: int = 128
+    """Dimension of the subspace."""
+    update_proj_gap: int = 200
+    """Steps between two bases."""
+    momentum: float = 0.95
+    """Decay of the sum of projected gradients."""
+    nesterov: Literal["correct", "none", "release"] = "correct"
+    """none: heavy ball, as printed; release: the step of the released code, which is written back."""
+    basis: Literal["random", "range", "svd", "track"] = "random"
+    """random (away from the old one), the leading directions of G (range: randomized, 2 r directions, 2 power
+    iterations; svd), track (one subspace iteration from the old basis; at first, a random one)."""
+    moments: Literal["rotate", "keep", "reset"] = "rotate"
+    """What a refresh does to M; keep: its coordinates, now of another basis."""
+    side: Literal["shorter", "longer"] = "shorter"
+    """Which side of a matrix is projected."""
+    refresh_below: float | None = None
+    """Rebuild the basis when the projected gradient's norm falls to this, instead of every so many steps."""
+    limiter: float | None = None
+    """Most by which the norm of an update may grow from one step to the next."""
+    rms: float = 0.2
+    """Root mean square of a full-rank update."""
+    alpha: float | str = "match"
+    """What the whole update is multiplied by; match: sqrt(short side / rank)."""
+    rho: float = 1.0
+    """Weight of the gradient outside the subspace."""
+    perpendicular: Literal["raw", "normalized", "orthogonal"] = "raw"
+    """That part as it is, of the size of the part inside, or orthogonalised by Muon's iteration."""
+    orthogonalize: Literal["auto", "svd", "lq", "gram", "polar_express", "newton_schulz"] = "auto"
+    """How the polar factor is computed."""
+    decay: Literal["before", "after"] = "before"
+    """Weight decay before the step, as Algorithm 1 has it, or after it: then the step decays too."""
 
-    Slots, float32: `basis` (short, r), `momentum_buffer` (m, r) or (r, n), so (m + n) r numbers; with a limiter also
-    `norm`, a number a matrix. Raises UsageError for options it does not know, and in `init` for a rank above the
-    shorter side and for 1-D tensors. Leading dimensions are a batch of matrices that do not affect each other.
+
+def build(name: str, options: Sumo) -> Rule:
+    """Slots, float32: `basis` (short, r), `momentum_buffer` (m, r) or (r, n), so (m + n) r numbers; with a limiter also
+    `norm`, a number a matrix.
+
+    Raises UsageError for options it does not know, and in `init` for a rank above the shorter side and for 1-D tensors.
+    Leading dimensions are a batch of matrices that do not affect each other.
     """
+    rank, update_proj_gap, momentum, nesterov = (
+        options.rank,
+        options.update_proj_gap,
+        options.momentum,
+        options.nesterov,
+    )
+    basis, moments, side, refresh_below = options.basis, options.moments, options.side, options.refresh_below
+    limiter, rms, alpha, rho = options.limiter, options.rms, options.alpha, options.rho
+    perpendicular, orthogonalize, decay = options.perpendicular, options.orthogonalize, options.decay
     for option, got, known in (
         ("nesterov", nesterov, ("correct", "none", "release")),
         ("basis", basis, ("range", "svd", "track", "random")),
@@ -188,17 +210,20 @@ def sumo(
         return ~linalg.missing(slots["basis"]).any()
 
     gap = update_proj_gap if refresh_below is None else 1
-    return Rule(name, init, update, refresh, gap, 0, export, adopt, built)
+    slots = declare(basis=Kind.BASIS, momentum_buffer=Kind.FIRST) + (declare(norm=Kind.COUNTER) if limiter else ())
+    return Rule(name, options, slots, init, update, refresh, gap, 0, export, adopt, built)
 
 
-sumo_paper = partial(sumo, nesterov="none", basis="range", limiter=1.1, alpha=1.0, name="sumo_paper")
-sumo_release = partial(
-    sumo,
+sumo = Family("sumo", Sumo, build)
+sumo_paper = Family("sumo_paper", Sumo, build, nesterov="none", basis="range", limiter=1.1, alpha=1.0)
+sumo_release = Family(
+    "sumo_release",
+    Sumo,
+    build,
     nesterov="release",
     basis="svd",
     moments="keep",
     limiter=1.1,
     alpha=4.0,
     decay="after",
-    name="sumo_release",
 )

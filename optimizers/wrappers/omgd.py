@@ -16,13 +16,14 @@ all but cancels, so `scale_mode="update"` (ours) multiplies updates, decay inclu
 "joint"; it needs "keep" and saves no memory. The paper's experiments, and the default here, are epochwise.
 """
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..apply import updating
-from ..contract import PARKED, Group, Hyper, Optimizer, Params, Rule, Slots, State, UsageError
+from ..contract import PARKED, Group, Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError
 from ..moments import Moments
 from ..partition import blank
 from ..random import Key
@@ -150,6 +151,22 @@ def omgd(
     )
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """How a mask's scale is used, over the options of a rule."""
+
+    mode: Literal["grad", "update"]
+    over: Any
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Into how many masks a tensor's entries are split, over the options of a rule."""
+
+    masks: int
+    over: Any
+
+
 def scaled(rule: Rule, mode: Literal["grad", "update"]) -> Rule:
     """`rule` with its gradient, or its update, multiplied by the slot `scale`."""
 
@@ -179,8 +196,14 @@ def scaled(rule: Rule, mode: Literal["grad", "update"]) -> Rule:
         new, did = rule.adopt(times(moments, slots["scale"]), inside(slots), p, key)
         return {**new, "scale": slots["scale"]}, did
 
-    return rule._replace(
-        init=init, update=update, export=export if rule.export else None, adopt=adopt if rule.adopt else None
+    return replace(
+        rule,
+        options=Scaled(mode, rule.options),
+        slots=(*rule.slots, Slot("scale", Kind.COUNTER, given=True)),
+        init=init,
+        update=update,
+        export=export if rule.export else None,
+        adopt=adopt if rule.adopt else None,
     )
 
 
@@ -201,7 +224,8 @@ def gathered(rule: Rule, masks: int) -> Rule:
             delta = still.scatter(0, where, delta).view(p.shape)
         return delta, {**new, "entries": entries}
 
-    return Rule(rule.name, init, update)
+    slots = (*rule.slots, Slot("entries", Kind.INDEX, given=True))
+    return Rule(rule.name, Gathered(masks, rule.options), slots, init, update)
 
 
 def _check_coordinates(name: str, p: Tensor, rule: Rule, masks: Traversal, policy: Policy) -> None:

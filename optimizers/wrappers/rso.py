@@ -24,18 +24,19 @@ multiplies W, not B. Moments may also be kept, or carried over (m <- r/in m P_ol
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..apply import add, updating
-from ..contract import Hyper, Optimizer, Params, Rule, Slots, State, UsageError
+from ..contract import Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError
 from ..moments import Moments
 from ..partition import blank
 from ..random import Key, fold, normal, permutation, word
 
-OWN = ("P", "B", "age")  # slots that are not the inner rule's
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
 
 
@@ -56,6 +57,18 @@ def draw(projection: str, key: Key, size: int, rank: int, device: torch.device |
     return p
 
 
+@dataclass(frozen=True)
+class Subspace:
+    """Of what size a random subspace is and how it is stepped in, over the options of the inner rule."""
+
+    rank: int
+    form: str
+    prox: float
+    warmup: int
+    decay: bool
+    over: Any
+
+
 def subspace(
     inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, warmup: int = 0, decay: bool = True
 ) -> Rule:
@@ -65,7 +78,10 @@ def subspace(
     (0-d float32), the steps since P was drawn, where the learning rate warms up over `warmup` of them; and those of
     `inner` for a B. Without `decay` the weight decay is taken to be 0, which saves a pass over W.
     """
-    holds = form == "products" or prox > 0
+    holds, inner_gradient = form == "products" or prox > 0, inner.gradient
+
+    def inside(slots: Slots) -> Slots:
+        return {slot.name: slots[slot.name] for slot in inner.slots}
 
     def init(p: Tensor) -> Slots:
         b = p.new_zeros(p.shape[0], rank, dtype=torch.float32)
@@ -74,7 +90,7 @@ def subspace(
         return {"P": p.new_zeros(p.shape[1], rank), **apart, **aged, **inner.init(b)}
 
     def split(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        return (g.float() + prox * slots["B"] if prox else g), _inside(slots)
+        return (g.float() + prox * slots["B"] if prox else g), inside(slots)
 
     def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
         assert inner.refresh is not None
@@ -99,7 +115,7 @@ def subspace(
 
     def export(slots: Slots, p: Tensor) -> Moments:
         assert inner.export is not None
-        first, second, seen = inner.export(_inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32))
+        first, second, seen = inner.export(inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32))
         basis = slots["P"].float()
         if first is not None:  # the least G with G P = M
             first = torch.linalg.solve(basis.T @ basis, first.T).T @ basis.T
@@ -111,22 +127,24 @@ def subspace(
         assert inner.adopt is not None and moments.first is not None and moments.second is not None
         basis = slots["P"].float()
         given = Moments(moments.first @ basis, moments.second @ basis.square(), moments.seen)
-        new, did = inner.adopt(given, _inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32), key)
+        new, did = inner.adopt(given, inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32), key)
         return slots | new, f"into a random subspace, {did}"
 
-    return inner._replace(
+    apart = (Slot("B", Kind.WEIGHT),) if holds else ()
+    aged = (Slot("age", Kind.COUNTER),) if warmup else ()
+    return replace(
+        inner,
         name=f"rso {inner.name}",
+        options=Subspace(rank, form, prox, warmup, decay, inner.options),
+        slots=(Slot("P", Kind.BASIS, given=True), *apart, *aged, *inner.slots),
+        gradient=lambda g, slots: inner_gradient(g @ slots["P"].float(), slots),
+        product=(lambda slots: slots["B"] @ slots["P"].float().T) if form == "products" else None,
         init=init,
         update=update,
         refresh=refresh if inner.refresh else None,
         export=export if inner.export else None,
         adopt=adopt if inner.adopt else None,
     )
-
-
-def _inside(slots: Slots) -> Slots:
-    """The inner rule's."""
-    return {name: slot for name, slot in slots.items() if name not in OWN}
 
 
 def rso(
@@ -227,16 +245,18 @@ def rso(
         params, state = dict(params), dict(state)
         for name, p in bases(params, step).items():
             w, old = params[name], state[name]
-            if form == "products":
+            product = owner[name].rule.product
+            if product is not None:
                 seed = torch.tensor(word(key, "merge", name, step), dtype=torch.int32, device=w.device)
-                params[name] = add(w, old["B"] @ old["P"].float().T, seed)
+                params[name] = add(w, product(old), seed)
             new = owner[name].rule.init(w) | {"P": p}
-            state[name] = new if moments == "reset" else new | _inside(old)
+            inner = base.owner[name].rule
+            if moments != "reset":
+                new |= {slot.name: old[slot.name] for slot in inner.slots}
             if moments == "transform":
                 turned = old["P"].float().T @ p.float() * (rank / len(p))
-                for slot in ("exp_avg", "momentum_buffer"):
-                    if slot in old and old[slot].shape == (w.shape[0], rank):
-                        state[name][slot] = old[slot] @ turned
+                new |= {slot: old[slot] @ turned for slot in inner.names(Kind.FIRST)}
+            state[name] = new
         return params, state
 
     moves = {f"{name.removesuffix('weight')}B": name for name in under}

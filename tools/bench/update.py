@@ -53,7 +53,7 @@ def bench_update(config: UpdateBench) -> None:
     base = "torch AdamW(foreach)"
     sides: Sides = {f"torch AdamW({how})": library(params, grads, how) for how in ("foreach", "fused")}
     sizes: dict[str, int] = {}
-    rmsprop = snsm(name="rmsprop", numerator="gradient", second="coordinate", betas=(0.0, 0.999), correct_bias=False)
+    rmsprop = snsm(numerator="gradient", second="coordinate", betas=(0.0, 0.999), correct_bias=False)
     rules = {
         "adamw": (adamw(), adamw()),
         "sgd": (sgd(), sgd()),
