@@ -77,6 +77,7 @@ def with_blocks(language: str, test: str) -> Any:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with texts under the names that the docs use."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that a command starts
     draw = random.Random(0)
     words = ["the", "a", "step", "of", "loss", "grad", "basis", "rank", "tensor", "and"]
     texts = [" ".join(draw.choices(words, k=60)) for _ in range(60)]
