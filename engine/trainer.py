@@ -1,7 +1,5 @@
 """The loop: data, schedule, steps, evaluation, checkpoints. What a run has done is (step, position in the data)."""
 
-import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from optimizers.contract import Hyper, Optimizer
 from optimizers.convert import Row
@@ -18,26 +15,18 @@ from . import checkpoint, inspection, ownership, signals
 from .checkpoint import Reader, WriteError
 from .checkpoint.saver import NotDeleted, Saver
 from .config import RunConfig
-from .memory import counted_peak, peak_bytes
+from .loop import shown
+from .loop.counting import counted
+from .loop.ends import Interrupted as Interrupted
+from .loop.ends import NonFiniteError as NonFiniteError
+from .loop.evaluation import evaluate, to_device
+from .loop.numbers import NotFinite, Numbers
 from .metrics import Metrics
 from .position import saved_order
 from .restore import restore
 from .schedule import Schedule, rate_changes
-from .segments import Batch
 from .step import Result, Step
-from .task import Sums, Task, add
-
-
-class NonFiniteError(Exception):
-    """The loss or a gradient stopped being finite. The last checkpoint was written before that."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end, and everything was saved."""
-
-    def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(f"{signal.Signals(signum).name}: saved {path}; continue with --resume auto")
-        self.code = 128 + signum
+from .task import Task
 
 
 class Trainer:
@@ -54,8 +43,7 @@ class Trainer:
         self.position = 0  # rows of the training data
         self.offset = 0  # units that the position counts more than were trained on: a pass was not finished
         self.notes: list[str] = []  # what a user should know of how a resumed run goes on
-        self.pending: list[tuple[int, Result]] = []  # steps whose numbers nobody has read yet
-        self.skipped = 0  # bases kept because the gradient at their refresh was unusable
+        self.numbers = Numbers()  # of the steps that no line has told of yet
         self.measured: int | None = None  # most bytes of tensors at once in the last step
         self.converted: list[Row] = []  # what became of another optimizer's state
         self.saved: Path | None = None  # the last checkpoint, or the one that the run goes on from
@@ -101,7 +89,7 @@ class Trainer:
             began = self.done
             while self.done < end:
                 counting = config.check_memory and began < self.done == end - 1  # not in the step that compiles
-                self.pending.append((self.done, self._counted_step() if counting else self._one_step()))
+                self.numbers.add(self.done, self._counted_step() if counting else self._one_step())
                 self.done += 1
                 self.position += config.micro_batch * config.accumulation
                 rows += config.micro_batch * config.accumulation
@@ -115,15 +103,13 @@ class Trainer:
                 if not (last or looking or self.done == 1 or due):
                     continue
                 scalars = self._settle()
-                if scalars and rows:
-                    speed = self.task.units(rows) / (time.monotonic() - since)
-                    scalars[f"train/{self.task.unit}_per_second"] = speed
-                scalars |= self._memory() | (self._look() if looking else {})
+                scalars |= shown.speed(self.task, rows, time.monotonic() - since)
+                scalars |= shown.memory(self.step.device) | (self._look() if looking else {})
                 self._log(metrics, scalars)
                 if not asked and (last or self._due(config.eval_every)):
                     held_out, evaluated = self.evaluate(), self.done
                     self._log(metrics, {f"eval/{name}": value for name, value in held_out.items()})
-                metrics.show(self.done, self._line(scalars, held_out, evaluated))
+                metrics.show(self.done, shown.line(self.task, scalars, held_out, evaluated, self.done))
                 if last or self._due(config.save_every):
                     self._warn(self.saver.wait())
                     path = self.save()
@@ -139,11 +125,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """The task's metrics on its held-out rows."""
-        sums: Sums = {}
-        params = self.step.view()
-        for batch in self.task.evaluation(self.config.micro_batch):
-            add(sums, self.task.evaluate(self.step.chain, params, self._to_device(batch)))
-        return self.task.report(sums)
+        return evaluate(self.task, self.step, self.config.micro_batch)
 
     def save_now(self) -> Path:
         """Write a checkpoint and wait for it. Raises NonFiniteError, WriteError."""
@@ -194,53 +176,20 @@ class Trainer:
         size = config.micro_batch * config.accumulation
         first = self.position + (self.step.optimizer.batch(self.done) - self.done) * size
         batches = [
-            self._to_device(self.task.batch(first + j * config.micro_batch, config.micro_batch))
+            to_device(self.task.batch(first + j * config.micro_batch, config.micro_batch), self.step.device)
             for j in range(config.accumulation)
         ]
         return self.step(batches, self.hypers, self.done)
 
     def _counted_step(self) -> Result:
-        """A step whose tensors are counted, with weights, state and buffers. On CUDA: the peak of the run so far."""
-        if self.step.device.type == "cuda":
-            result = self._one_step()
-            self.measured = peak_bytes(self.step.device)
-            return result
-        there = [*self.step.params.values(), *(t for slots in self.step.state.values() for t in slots.values())]
-        there += [b for segment in self.step.chain.segments for b in segment.module.buffers()]
-        sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in there)}
-        results: list[Result] = []
-        self.measured = sum(sizes.values()) + counted_peak(lambda: results.append(self._one_step()))
-        return results[0]
+        result, self.measured = counted(self.step, self._one_step)
+        return result
 
     def _settle(self) -> dict[str, float]:
-        """Read the numbers of the steps since the last call, in one transfer; returns their means and the last norm."""
-        if not self.pending:
-            return {}
-        losses = torch.stack([r.loss for _, r in self.pending]).tolist()
-        norms = torch.stack([r.norm for _, r in self.pending]).tolist()
-        for (step, result), loss, norm in zip(self.pending, losses, norms, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                name = result.first_nonfinite()
-                where = (
-                    f"the first gradient that is not finite, in backward order, is that of {name}"
-                    if name
-                    else (
-                        "every gradient is finite, but their norm overflows"
-                        if math.isfinite(loss)
-                        else "every gradient is finite"
-                    )
-                )
-                raise self._failure(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}; {where}")
-        refreshed = [ok for _, r in self.pending for ok in r.refreshed]
-        if refreshed:
-            self.skipped += len(refreshed) - int(torch.stack(refreshed).sum())
-        self.pending = []
-        scalars = {"train/loss": sum(losses) / len(losses), "train/grad_norm": norms[-1]}
-        scalars |= {f"train/learning_rate/{n}": h["lr"].item() for n, h in self.hypers.items()}
-        if any(g.rule.gap for g in self.groups.values()):
-            scalars["optim/refreshes"] = float(len(refreshed))
-            scalars["optim/refreshes_skipped"] = float(self.skipped)
-        return scalars
+        try:
+            return self.numbers.settle(self.groups, self.hypers)
+        except NotFinite as error:
+            raise self._failure(str(error)) from None
 
     def _failure(self, what: str) -> NonFiniteError:
         self._warn(self.saver.wait())
@@ -266,29 +215,9 @@ class Trainer:
         factor, rounded = self.schedule.factor(self.done - 1), not self.step.stochastic_rounding
         return inspection.scalars(self.step.params, self.step.state, self.step.optimizer.owner, factor, rounded)
 
-    def _memory(self) -> dict[str, float]:
-        kind = "peak_allocated_gib" if self.step.device.type == "cuda" else "peak_resident_gib"
-        return {f"memory/{kind}": peak_bytes(self.step.device) / 2**30}
-
-    def _line(self, scalars: Mapping[str, float], held_out: Mapping[str, float], evaluated: int) -> str:
-        """What is shown of the steps since the last line. An evaluation of an earlier step is said to be one."""
-        memory = next(v for k, v in scalars.items() if k.startswith("memory/"))
-        speed = scalars.get(f"train/{self.task.unit}_per_second")
-        parts = [
-            f"loss {scalars['train/loss']:.3f}",
-            self.task.shown(held_out) if held_out else "",
-            f"(at step {evaluated})" if held_out and evaluated < self.done else "",
-            "" if speed is None else f"{speed:,.0f} {self.task.unit}/s",
-            f"{memory:.2f} GiB",
-        ]
-        return "  ".join(filter(None, parts))
-
     def _wait_for_device(self) -> None:
         if self.step.device.type == "cuda":
             torch.cuda.synchronize(self.step.device)
-
-    def _to_device(self, batch: dict[str, Tensor]) -> Batch:
-        return {name: t.to(self.step.device, non_blocking=True) for name, t in batch.items()}
 
     @contextmanager
     def _all_written(self) -> Iterator[None]:

@@ -1,0 +1,20 @@
+"""A step whose tensors are counted, to hold against what the planner predicts."""
+
+from collections.abc import Callable
+
+from ..memory import counted_peak, peak_bytes
+from ..step import Result, Step
+
+
+def counted(step: Step, run: Callable[[], Result]) -> tuple[Result, int]:
+    """What `run` gives, and the most bytes of tensors at once in it, with weights, state and buffers. On CUDA: the peak
+    of the process so far."""
+    if step.device.type == "cuda":
+        result = run()
+        return result, peak_bytes(step.device)
+    there = [*step.params.values(), *(t for slots in step.state.values() for t in slots.values())]
+    there += [b for segment in step.chain.segments for b in segment.module.buffers()]
+    sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in there)}
+    results: list[Result] = []
+    peak = counted_peak(lambda: results.append(run()))
+    return results[0], sum(sizes.values()) + peak
