@@ -57,11 +57,7 @@ class ArrayTask(Task):
         self._hash = _hash(self.train)
 
     def segments(self) -> Sequence[Segment]:
-        def mean(module: nn.Module, batch: Batch) -> Tensor:
-            total, count = self.loss(module, batch)
-            return total / count
-
-        return cut(self.model, mean)
+        return cut(self.model, self.loss)
 
     def batch(self, position: int, count: int) -> Batch:
         chosen = torch.from_numpy(self.epochs.which(position, count))
