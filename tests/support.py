@@ -9,8 +9,9 @@ result equals that of the run without a break, to the bit; it is "refused" where
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,15 +20,11 @@ from engine.segments import cut
 from engine.step import Step
 from models.layers import attach
 from models.llama import Llama, LlamaConfig
-from optimizers.contract import Group, Optimizer, Params, Rule, UsageError
+from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
 from optimizers.partition import partition
 from optimizers.random import Key
+from optimizers.registry import RULES as FAMILIES
 from optimizers.rules.adamw import adamw
-from optimizers.rules.galore import galore
-from optimizers.rules.muon import muon
-from optimizers.rules.sgd import sgd
-from optimizers.rules.snsm import snsm
-from optimizers.rules.sumo import sumo
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, traversal
@@ -37,18 +34,24 @@ RECORD, PAGE = ROOT / "docs" / "support.json", ROOT / "docs" / "choosing.md"
 BEGIN, END = "<!-- support: begin -->\n", "<!-- support: end -->"
 
 RANK, BREAK, STEPS, HOLD = 4, 3, 6, 2  # HOLD: steps between two masks, or two P, so that a resume stands between turns
-RULES: dict[str, Rule] = {
-    "adamw": adamw(),
-    "sgd": sgd(0.9),
-    "muon": muon(),
-    "galore": galore(RANK, 4),
-    "snsm": snsm(RANK, 4),
-    "sumo": sumo(RANK, 4),
-}
 WRAPPERS = ("none", "omgd", "lisa", "rso", "rso products")
 PRECISIONS = ("fp32", "bf16", "bf16-sr", "mixed")
 MATRICES = r"_proj\.weight$"
 RESUMES = "resumes"
+
+
+def small(family: Family[Any]) -> Rule:
+    """The rule with a subspace that fits a small model, if it has one."""
+    given = {"rank": RANK, "update_proj_gap": 4}
+    return family(**{name: given[name] for name in given if name in {f.name for f in fields(family.options)}})
+
+
+# Of the registry, one rule a file: those of one file differ in numbers, not in what they hold and when.
+RULES: dict[str, Rule] = {}
+for family in FAMILIES.values():
+    file = family.options.__module__
+    if file not in {type(rule.options).__module__ for rule in RULES.values()}:
+        RULES[family.name] = small(family)
 
 
 class Combination(NamedTuple):
