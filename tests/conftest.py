@@ -1,7 +1,7 @@
 """What every test shares: threads, a compiler's cache for each kind of CPU code, nothing left over from another test.
 
-The markers: `compiles` (torch.compile with inductor or aot), `run` (a process or a training run of its own), `slow`. A
-test that compiles or starts a process without its marker is an error, so that `make quick` stays quick.
+The markers: `compiles` (torch.compile with inductor or aot), `run` (a process or a training run of its own), `slow`.
+What has none of them runs in `make quick`.
 """
 
 import os
