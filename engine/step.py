@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optimizers.contract import PARKED, Hyper, Optimizer, Params, State, UsageError, part
+from optimizers.contract import Hyper, Optimizer, Params, State, UsageError, bare, part
 from optimizers.random import Key, fold, word
 
 from . import passes
@@ -168,7 +168,8 @@ class Step:
             for key in part(self.state, params):
                 del self.state[key]
             state |= own
-        order = [key for name in self.params for key in (name, PARKED + name) if key in state]
+        place = {name: i for i, name in enumerate(self.params)}
+        order = sorted(state, key=lambda key: (place[bare(key)], len(key)))
         self.state |= {key: state[key] for key in order}
         self.missing.look(self.state)
         return True

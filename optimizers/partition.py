@@ -99,8 +99,8 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
 
     def view(params: Params, state: State) -> tuple[Params, Params]:
         return (
-            {name: p for name, p in params.items() if name in owner},
-            {name: p for name, p in params.items() if name not in owner},
+            {name: p for name, p in params.items() if name in state},  # even if that is empty; a mask takes it away
+            {name: p for name, p in params.items() if name not in state},
         )
 
     return Optimizer(owner, lambda params, step=0: blank(owner, params), updating(owner), due, view)

@@ -702,8 +702,6 @@ def low(params: dict[str, Tensor]) -> Optimizer:
      "layers.1.w .*muon needs a matrix"),
     (lambda: omgd(everything(MATRIX, sgd()), MATRIX, traversal(coordinates(MATRIX, ("b",)), KEY, keep=0.1, period=1)),
      "b: 8 entries cannot be split over 10 masks"),
-    (lambda: omgd(omgd(everything(MATRIX, sgd()), MATRIX, traversal(layers(MATRIX), KEY, active=1, period=1)), MATRIX,
-                  traversal(layers(MATRIX), KEY, active=1, period=1)), "changes between steps itself"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_named(make_, named_):
     with pytest.raises(UsageError, match=named_):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..apply import updating
-from ..contract import PARKED, Group, Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError
+from ..contract import PARKED, Group, Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError, bare, part
 from ..moments import Moments
 from ..partition import blank
 from ..random import Key
@@ -46,20 +46,30 @@ def omgd(
     Inside a segment every set of active tensors is a graph of its own: compile layers and coordinates, not tensors.
     Raises UsageError for what cannot be combined, and names the tensor that a rule cannot serve.
     """
-    if base.turn is not Optimizer._field_defaults["turn"]:
-        raise UsageError("omgd: the optimizer to mask changes between steps itself; expected plain rules (partition)")
     if masks.order == "joint" and state_policy != "keep":
         raise UsageError(
             f"omgd: order 'joint' changes the mask every step; got state_policy {state_policy!r}, expected 'keep'"
+        )
+    if "traversal" in base.about and {state_policy, base.about.get("state_policy")} != {"drop"}:
+        raise UsageError(
+            f"omgd: masks over masks drop the state of what is frozen; got state_policy {state_policy!r} over "
+            f"{base.about.get('state_policy')!r}, expected 'drop' for both"
         )
     compact = masks.groups.kind == "coordinates"
     grouped = {name: i for i, names in enumerate(masks.groups.names) for name in names if name in base.owner}
     inner: dict[str, Group] = {}
     rules: dict[Rule, Rule] = {}  # one a rule, so that all layers share a kernel
+    held = {slot.name for name in grouped for slot in base.owner[name].rule.slots}
+    own = "scale" if "scale" not in held else f"scale{sum(slot.startswith('scale') for slot in held) + 1}"
     for name in grouped:
         group = base.owner[name]
+        if compact and any(slot.given for slot in group.rule.slots):
+            raise UsageError(
+                f"{name}: masks of coordinates are for plain rules, got {group.rule.name} under another wrapper; mask "
+                "layers or tensors"
+            )
         if group.rule not in rules:
-            rules[group.rule] = group.rule if scale_mode == "none" else scaled(group.rule, scale_mode)
+            rules[group.rule] = group.rule if scale_mode == "none" else scaled(group.rule, scale_mode, own)
         inner[name] = group._replace(rule=rules[group.rule])
     owner: dict[str, Group] = {**base.owner, **inner}
     if compact:
@@ -71,55 +81,77 @@ def omgd(
     def active(step: int) -> set[str]:
         return {name for i in masks.active(step) for name in masks.groups.names[i] if name in grouped}
 
-    def scale(slots: Slots, p: Tensor, step: int) -> Slots:
-        if "scale" not in slots:
+    def marked(slots: Slots, p: Tensor, step: int) -> Slots:
+        if scale_mode == "none":
             return slots
-        return {**slots, "scale": p.new_full((), 1.0 if step < masks.warmup else masks.scale, dtype=torch.float32)}
+        return {**slots, own: p.new_full((), 1.0 if step < masks.warmup else masks.scale, dtype=torch.float32)}
 
-    def fresh(name: str, p: Tensor, step: int) -> Slots:
+    def fresh(name: str, p: Tensor, step: int) -> State:
         if not compact:
-            return scale(blank(owner, {name: p})[name], p, step)
-        entries = masks.entries(name, p.numel(), step).to(p.device)
-        slots = blank(inner, {name: p.detach().flatten()[: len(entries)]})[name]
-        return {**scale(slots, p, step), "entries": entries}
+            made = base.init({name: p}, step + 1)
+        else:
+            entries = masks.entries(name, p.numel(), step).to(p.device)
+            (slots,) = base.init({name: p.detach().flatten()[: len(entries)]}).values()
+            made = {name: {**slots, "entries": entries}}
+        return {where: marked(slots, p, step) for where, slots in made.items()}
 
-    def park(slots: Slots) -> Slots:
-        if state_policy != "offload" or any(t.is_meta for t in slots.values()):
-            return slots
-        return {slot: t.cpu().pin_memory() if t.is_cuda else t.cpu() for slot, t in slots.items()}
+    def park(state: State) -> State:
+        """Slots of what leaves; what it added to the weight was merged, so nothing is left of that."""
+        parked = {}
+        for key, slots in state.items():
+            still = owner[bare(key)].rule.names(Kind.WEIGHT)
+            kept = {slot: torch.zeros_like(t) if slot in still else t for slot, t in slots.items()}
+            if state_policy == "offload":
+                kept = {slot: t.cpu().pin_memory() if t.is_cuda else t.cpu() for slot, t in kept.items()}
+            parked[PARKED + key] = kept
+        return parked
 
     def init(params: Params, step: int = 0) -> State:
-        step = max(step - 1, 0)  # a mask is turned before its first step, not after another's last
-        state, now = base.init({n: p for n, p in params.items() if n not in grouped}, step), active(step)
+        state = base.init({n: p for n, p in params.items() if n not in grouped}, step)
+        last = max(step - 1, 0)  # a mask is turned before its first step, not after another's last
+        now = active(last)
         for name, p in params.items():
             if name in grouped and name in now:
-                state[name] = fresh(name, p, step)
+                state |= fresh(name, p, last)
             elif name in grouped and state_policy != "drop":
-                state[PARKED + name] = park(fresh(name, p, step))
-        return {key: state[key] for name in params for key in (name, PARKED + name) if key in state}
+                state |= park(fresh(name, p, last))
+        return ordered(state, params)
 
     def turn(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
-        now, new = active(step), dict(state)
-        for name, p in params.items():
-            if name not in grouped:
-                continue
-            if name not in now:
-                if (slots := new.pop(name, None)) is not None and state_policy != "drop":
-                    new[PARKED + name] = park(slots)
-            elif compact:
-                new[name] = fresh(name, p, step)
-            elif name in new:
-                new[name] = scale(new[name], p, step)
-            elif (slots := new.pop(PARKED + name, None)) is not None:
-                new[name] = scale({slot: t.to(p.device, non_blocking=True) for slot, t in slots.items()}, p, step)
-            else:
-                new[name] = fresh(name, p, step)
-        return params, {key: new[key] for name in params for key in (name, PARKED + name) if key in new}
+        params, new = dict(params), dict(state)
+        now, before = active(step), active(step - 1)
+        for name in [name for name in params if name in grouped and name in before - now]:
+            left = {where: new.pop(where) for where in part(new, [name])}
+            params |= base.merge({name: params[name]}, left)
+            if state_policy != "drop":
+                new |= park(left)
+        if base.turns(step):
+            staying = {name: p for name, p in params.items() if name not in grouped or name in now & before}
+            old = {where: new.pop(where) for where in part(new, staying)}
+            moved, turned = base.turn(staying, old, step, key)
+            params |= moved
+            new |= turned
+        for name, p in [(name, p) for name, p in params.items() if name in grouped and name in now]:
+            if compact and masks.turns(step):
+                new |= fresh(name, p, step)
+            elif name not in before:
+                back = {where.removeprefix(PARKED): new.pop(where) for where in part(new, [name])}
+                if back:
+                    back = {k: {n: t.to(p.device, non_blocking=True) for n, t in v.items()} for k, v in back.items()}
+                    since = next((t for t in range(step, 0, -1) if name in active(t - 1)), 0)
+                    for missed in filter(base.turns, range(since, step + 1)):  # what changed while it was away
+                        moved, back = base.turn({name: params[name]}, back, missed, key)
+                        params |= moved
+                else:
+                    back = fresh(name, p, step)
+                new |= back
+            new |= {where: marked(slots, p, step) for where, slots in part(new, [name]).items()}
+        return params, ordered(new, params)
 
     def due(step: int) -> tuple[str, ...]:
         names = dict.fromkeys(base.due(step))
         if masks.turns(step) and not compact:
-            new = {n for n in active(step) - active(step - 1) if owner[n].rule.gap}
+            new = {n for n in active(step) - active(step - 1) if owner[n].rule.refresh}
             if state_policy == "drop":
                 return tuple(names | dict.fromkeys(sorted(new)))
             for t in range(step - 1, -1, -1):  # ends within a gap: until then each has been active, or due
@@ -131,23 +163,19 @@ def omgd(
                 new -= late
         return tuple(names)
 
-    def view(params: Params, state: State) -> tuple[Params, Params]:
-        return (
-            {name: p for name, p in params.items() if name in state},
-            {name: p for name, p in params.items() if name not in state},
-        )
+    def turns(step: int) -> bool:
+        return masks.turns(step) or base.turns(step)
 
     about = {"traversal": write(masks), "scale_mode": scale_mode, "state_policy": state_policy}
     return base._replace(
         owner=owner,
         init=init,
-        update=updating(owner),
+        update=updating(owner, base.moves),
         due=due,
-        view=view,
-        turns=masks.turns,
+        turns=turns,
         turn=turn,
-        batch=masks.batch,
-        about={**base.about, **about},
+        batch=lambda step: base.batch(masks.batch(step)),
+        about={f"over.{k}" if k in about else k: v for k, v in base.about.items()} | about,
     )
 
 
@@ -167,19 +195,23 @@ class Gathered:
     over: Any
 
 
-def scaled(rule: Rule, mode: Literal["grad", "update"]) -> Rule:
-    """`rule` with its gradient, or its update, multiplied by the slot `scale`."""
+def scaled(rule: Rule, mode: Literal["grad", "update"], own: str = "scale") -> Rule:
+    """`rule` with its gradient, or its update, multiplied by its `own` slot."""
+    apart = rule.names(Kind.WEIGHT)
 
     def inside(slots: Slots) -> Slots:
-        return {slot: t for slot, t in slots.items() if slot != "scale"}
+        return {slot: t for slot, t in slots.items() if slot != own}
 
     def init(p: Tensor) -> Slots:
-        return {**rule.init(p), "scale": p.new_ones((), dtype=torch.float32)}
+        return {**rule.init(p), own: p.new_ones((), dtype=torch.float32)}
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
-        scale = slots["scale"]
+        scale = slots[own]
         delta, new = rule.update(g.float() * scale if mode == "grad" else g, inside(slots), p, hyper)
-        return delta * scale if delta is not None and mode == "update" else delta, {**new, "scale": scale}
+        if mode == "update":
+            delta = delta * scale if delta is not None else None
+            new = new | {slot: slots[slot] + scale * (new[slot] - slots[slot]) for slot in apart}
+        return delta, {**new, own: scale}
 
     def times(moments: Moments, factor: Tensor) -> Moments:
         if mode == "update":
@@ -189,17 +221,17 @@ def scaled(rule: Rule, mode: Literal["grad", "update"]) -> Rule:
 
     def export(slots: Slots, p: Tensor) -> Moments:
         assert rule.export is not None
-        return times(rule.export(inside(slots), p), 1 / slots["scale"])
+        return times(rule.export(inside(slots), p), 1 / slots[own])
 
     def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
         assert rule.adopt is not None
-        new, did = rule.adopt(times(moments, slots["scale"]), inside(slots), p, key)
-        return {**new, "scale": slots["scale"]}, did
+        new, did = rule.adopt(times(moments, slots[own]), inside(slots), p, key)
+        return {**new, own: slots[own]}, did
 
     return replace(
         rule,
         options=Scaled(mode, rule.options),
-        slots=(*rule.slots, Slot("scale", Kind.COUNTER, given=True)),
+        slots=(*rule.slots, Slot(own, Kind.COUNTER, given=True)),
         init=init,
         update=update,
         export=export if rule.export else None,
@@ -226,6 +258,12 @@ def gathered(rule: Rule, masks: int) -> Rule:
 
     slots = (*rule.slots, Slot("entries", Kind.INDEX, given=True))
     return Rule(rule.name, Gathered(masks, rule.options), slots, init, update)
+
+
+def ordered(state: State, params: Params) -> State:
+    """The state in the order of the parameters, whatever is parked after what is not."""
+    place = {name: i for i, name in enumerate(params)}
+    return {key: state[key] for key in sorted(state, key=lambda key: (place[bare(key)], len(key)))}
 
 
 def _check_coordinates(name: str, p: Tensor, rule: Rule, masks: Traversal, policy: Policy) -> None:

@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 
 from ..apply import add, updating
-from ..contract import Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError
+from ..contract import Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError, bare
 from ..moments import Moments
-from ..partition import blank
 from ..random import Key, fold, normal, permutation, word
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
@@ -185,8 +184,6 @@ def rso(
         raise UsageError(
             f"rso: period must be at least 1, prox and warmup at least 0, got {period}, {prox} and {warmup}"
         )
-    if base.turns is not Optimizer._field_defaults["turns"]:
-        raise UsageError("rso: base changes between steps by itself, expected one from partition; wrap its rules")
     rules: dict[tuple[Rule, bool], Rule] = {}  # one object a rule: by them kernels are compiled
     owner, place = dict(base.owner), dict[str, str]()
     inputs: dict[str, int] = {}
@@ -199,6 +196,8 @@ def rso(
                 f"{name}: rso needs a matrix (out, in) with 1 <= rank <= in, got rank {rank} and shape "
                 f"{tuple(w.shape)}; lower the rank or leave this name out"
             )
+        if any(slot.name == "P" for slot in group.rule.slots):
+            raise UsageError(f"{name}: is moved in a random subspace already; leave this name out of the second one")
         if moments == "transform" and group.rule.refresh:
             raise UsageError(f"rso: moments of {group.rule.name} have a basis of their own; 'reset' or 'keep' them")
         kind = group.rule, group.weight_decay != 0
@@ -218,21 +217,44 @@ def rso(
                 drawn[place[name]] = draw(projection, own, w.shape[1], rank, w.device).to(w.dtype)
         return {name: drawn[place[name]] for name in params if name in under}
 
+    def inner(params: Params) -> Params:
+        """What `base` sees: a B, without values, in the place of each weight."""
+        seen = dict(params)
+        for name in params.keys() & under.keys():
+            w = params[name]
+            seen[name] = w.new_zeros((), dtype=torch.float32).expand(w.shape[0], rank)
+        return seen
+
+    def own(name: str) -> tuple[str, ...]:
+        return tuple(slot.name for slot in owner[name].rule.slots if slot not in base.owner[name].rule.slots)
+
+    def around(name: str, w: Tensor, p: Tensor, slots: Slots) -> Slots:
+        """Slots of `base` for a B, with a P that is new, and B = 0."""
+        sizes = {"P": p, "B": w.new_zeros(w.shape[0], rank, dtype=torch.float32)}
+        return {slot: sizes.get(slot, w.new_zeros((), dtype=torch.float32)) for slot in own(name)} | slots
+
     def init(params: Params, step: int = 0) -> State:
-        state, last = blank(owner, params), max(step - 1, 0)
-        for name, p in bases(params, last - last % period).items():
-            state[name]["P"] = p
+        last = max(step - 1, 0)
+        state, drawn = base.init(inner(params), step), bases(params, last - last % period)
+        for key, slots in state.items():
+            if (name := bare(key)) in under:
+                state[key] = around(name, params[name], drawn[name], slots)
         return state
 
     def view(params: Params, state: State) -> tuple[Params, Params]:
         trainable, frozen = Params(), Params()
         for name, w in params.items():
             if name not in under:
-                (trainable if name in owner else frozen)[name] = w
+                (trainable if name in state else frozen)[name] = w
                 continue
-            stem, slots = name.removesuffix("weight"), state[name]
+            stem, zero = name.removesuffix("weight"), w.detach().new_zeros(())
+            b = zero.expand(w.shape[0], rank)
+            if name not in state:  # frozen by a mask, with its product merged
+                frozen |= {name: w, f"{stem}P": zero.expand(w.shape[1], rank), f"{stem}B": b}
+                continue
+            slots = state[name]
             frozen |= {name: w, f"{stem}P": slots["P"]}
-            b = slots["B"].detach() if form == "products" else w.detach().new_zeros(()).expand(w.shape[0], rank)
+            b = slots["B"].detach() if form == "products" else b
             trainable[f"{stem}B"] = b.requires_grad_()  # always, or evaluation would be compiled apart
         return trainable, frozen
 
@@ -241,25 +263,48 @@ def rso(
         fresh = {name for name in under if owner[name].rule.refresh} if step % period == 0 else set()
         return tuple(name for name in owner if name in now | fresh)
 
-    def turn(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
-        params, state = dict(params), dict(state)
-        for name, p in bases(params, step).items():
-            w, old = params[name], state[name]
-            product = owner[name].rule.product
-            if product is not None:
+    def anew(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+        """A new P for everything, W += B Pᵀ."""
+        params, state, drawn = dict(params), dict(state), bases(params, step)
+        for where, old in state.items():
+            if (name := bare(where)) not in under:
+                continue
+            w, p, rule = params[name], drawn[name], base.owner[name].rule
+            if form == "products" and where == name:
                 seed = torch.tensor(word(key, "merge", name, step), dtype=torch.int32, device=w.device)
-                params[name] = add(w, product(old), seed)
-            new = owner[name].rule.init(w) | {"P": p}
-            inner = base.owner[name].rule
-            if moments != "reset":
-                new |= {slot.name: old[slot.name] for slot in inner.slots}
+                params[name] = add(w, old["B"] @ old["P"].float().T, seed)
+            kept = {slot.name: old[slot.name] for slot in rule.slots if slot.given or moments != "reset"}
             if moments == "transform":
                 turned = old["P"].float().T @ p.float() * (rank / len(p))
-                new |= {slot: old[slot] @ turned for slot in inner.names(Kind.FIRST)}
-            state[name] = new
+                kept |= {slot: old[slot] @ turned for slot in rule.names(Kind.FIRST)}
+            blank = kept if len(kept) == len(rule.slots) else rule.init(inner({name: w})[name]) | kept
+            state[where] = around(name, w, p, blank)
         return params, state
 
-    moves = {f"{name.removesuffix('weight')}B": name for name in under}
+    def turn(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+        if step % period == 0:
+            params, state = anew(params, state, step, key)
+        if not base.turns(step):
+            return params, state
+        params, drawn = dict(params), bases(params, step - step % period)
+        held = {
+            bare(where): {slot: slots[slot] for slot in own(bare(where))}
+            for where, slots in state.items()
+            if bare(where) in under
+        }
+        plain = {k: {n: t for n, t in slots.items() if n not in held.get(bare(k), {})} for k, slots in state.items()}
+        _, turned = base.turn(inner(params), plain, step, key)
+        for name in [name for name in params if name in under and name in state and name not in turned]:
+            if form == "products":
+                params |= merge({name: params[name]}, {name: state[name]})
+            held[name] |= {slot: torch.zeros_like(held[name][slot]) for slot in ("B",) if slot in held[name]}
+        for where, slots in turned.items():
+            if (name := bare(where)) in under:
+                known = held.get(name)
+                turned[where] = known | slots if known else around(name, params[name], drawn[name], slots)
+        return params, turned
+
+    moves = {**base.moves, **{f"{name.removesuffix('weight')}B": name for name in under}}
     about = {"form": form, "rank": rank, "period": period, "projection": projection, "moments": moments, "prox": prox}
     about |= {"warmup": warmup} if warmup else {}
     return Optimizer(
@@ -268,17 +313,19 @@ def rso(
         updating(owner, moves),
         due,
         view=view,
-        turns=lambda step: step > 0 and step % period == 0,
+        turns=lambda step: (step > 0 and step % period == 0) or base.turns(step),
         turn=turn,
         moves=moves,
         batch=base.batch,
         about={**base.about, **{f"rso.{option}": str(value) for option, value in about.items()}},
-        merge=merge if form == "products" else base.merge,
+        merge=(lambda params, state: base.merge(merge(params, state), state)) if form == "products" else base.merge,
     )
 
 
 def merge(params: Params, state: State) -> Params:
     """The weights of the form "products" as plain ones: W + B Pᵀ, float32 rounded once. "merged" ones are plain."""
     return params | {
-        name: add(params[name], slots["B"] @ slots["P"].float().T) for name, slots in state.items() if "P" in slots
+        name: add(params[name], slots["B"] @ slots["P"].float().T)
+        for name, slots in state.items()
+        if "B" in slots and name in params
     }
