@@ -88,7 +88,7 @@ def recomputed(chain: Chain, params: Params, batches: Sequence[Batch], scale: Te
             xs: list[Tensor | None] = [None]
             found.append([])
             for i in range(chain.last):
-                found[j].append({name: b.clone() for name, b in chain.stateful[i].items()})
+                found[j].append(chain.copied(i))
                 chain.draws.seed(j, i)
                 xs.append(chain.forward(i, params, xs[-1], batch))
             inputs.append(xs)

@@ -28,9 +28,14 @@ Compiler = Callable[["Forward"], "Forward"]
 
 
 class Forward(Protocol):
-    """A segment's forward with parameters and buffers given by their names in its module."""
+    """A segment's forward with parameters and buffers given by their names in its module.
 
-    def __call__(self, params: Params, x: Tensor | None, batch: Batch, buffers: Params) -> Tensor | Loss: ...
+    It returns its output, and what became of the buffers in `state`, which it does not write to.
+    """
+
+    def __call__(
+        self, params: Params, x: Tensor | None, batch: Batch, buffers: Params, state: Params
+    ) -> tuple[Tensor | Loss, Params]: ...
 
 
 class Head(NamedTuple):
@@ -102,9 +107,10 @@ class Chain:
                 forward = _make_forward(caller, compute_dtype)
                 self.forwards[kind] = compiler(forward) if compiler else forward
         self.train()
-        self.buffers = [dict(segment.module.named_buffers()) for segment in segments]
+        buffers = [dict(segment.module.named_buffers()) for segment in segments]
         full = [_state_names(segment) for segment in segments]
-        self.stateful = [{n: b for n, b in self.buffers[i].items() if n in full[i]} for i in range(len(segments))]
+        self.constant = [{n: b for n, b in own.items() if n not in full[i]} for i, own in enumerate(buffers)]
+        self.stateful = [{n: b for n, b in own.items() if n in full[i]} for i, own in enumerate(buffers)]
         self.state = {full[i][n]: b for i, own in enumerate(self.stateful) for n, b in own.items()}
         self.names = list(dict.fromkeys(full for s in segments for full in s.names.values()))
         # A tied parameter belongs to the first segment that names it; later ones hand their gradient down to it.
@@ -125,27 +131,39 @@ class Chain:
         trains = (any(params[full].requires_grad for full in segment.names.values()) for segment in self.segments)
         return next((i for i, trained in enumerate(trains) if trained), self.last)
 
-    def forward(self, i: int, params: Params, x: Tensor | None, batch: Batch, instead: Params | None = None) -> Tensor:
+    def forward(self, i: int, params: Params, x: Tensor | None, batch: Batch, again: Params | None = None) -> Tensor:
         """Output of segment i, not the last; `params` holds the whole model's.
 
-        `instead` are buffers to use for its own ones of those names: it is then a second forward, for backward.
+        `again` says that it is a second forward, for backward, and what `copied(i)` was before the first one.
         """
-        part = "forward" if instead is None else "backward"
-        out = self._run(i, params, x, batch, {**self.buffers[i], **(instead or {})}, part)
+        out = self._run(i, params, x, batch, again)
         assert isinstance(out, Tensor), f"{self.labels[i]}: a segment that is not the last returns a tensor"
         self.observer.made("residual stream", [out])
         return out
 
+    def copied(self, i: int) -> Params:
+        """A copy of the buffers of segment i that are state."""
+        return {name: b.clone() for name, b in self.stateful[i].items()}
+
     def _run(
-        self, i: int, params: Params, x: Tensor | None, batch: Batch, buffers: Params, part: str = "forward"
+        self, i: int, params: Params, x: Tensor | None, batch: Batch, again: Params | None = None
     ) -> Tensor | Loss:
-        own = {own: params[full] for own, full in self.segments[i].names.items()}
+        """The forward reads a copy of what is state: its backward may read it too, when the buffers have moved on."""
+        own, part = {own: params[full] for own, full in self.segments[i].names.items()}, "backward"
+        state = again
+        if state is None:
+            state, part = self.copied(i), "forward"
         with self.observer.doing(f"{part} of {self.labels[i]}", "forward"):
-            return self.forwards[self.kinds[i]](own, x, batch, buffers)
+            out, written = self.forwards[self.kinds[i]](own, x, batch, self.constant[i], state)
+        if again is None:
+            with torch.no_grad():
+                for name, b in self.stateful[i].items():
+                    b.copy_(written[name])
+        return out
 
     def _loss(self, params: Params, x: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The last segment's loss, and its count if it says one (0-d float32)."""
-        out = self._run(self.last, params, x, batch, self.buffers[self.last])
+        out = self._run(self.last, params, x, batch)
         if isinstance(out, Tensor):
             return out, None
         loss, count = out
@@ -340,14 +358,15 @@ class _Caller(nn.Module):
 
 
 def _make_forward(caller: _Caller, compute_dtype: torch.dtype | None) -> Forward:
-    def forward(params: Params, x: Tensor | None, batch: Batch, buffers: Params) -> Tensor | Loss:
+    def forward(
+        params: Params, x: Tensor | None, batch: Batch, buffers: Params, state: Params
+    ) -> tuple[Tensor | Loss, Params]:
         if compute_dtype is not None:
             params = {name: p.to(compute_dtype) for name, p in params.items()}
-        given = {f"module.{name}": t for name, t in {**params, **buffers}.items()}
+        given = {**params, **buffers, **{name: b.clone() for name, b in state.items()}}
+        given = {f"module.{name}": t for name, t in given.items()}
         out: Tensor | Loss = functional_call(caller, given, (x, batch))
-        for name, b in buffers.items():  # functional_call leaves there what the module has put in a buffer's place
-            if (new := given[f"module.{name}"]) is not b:
-                b.copy_(new.detach())
-        return out
+        # functional_call leaves in `given` what the module has put in a buffer's place
+        return out, {name: given[f"module.{name}"].detach() for name in state}
 
     return forward
