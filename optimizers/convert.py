@@ -1,5 +1,6 @@
 """From one optimizer's state to another's, a tensor at a time, with a report of what became of it."""
 
+import math
 import re
 from collections.abc import Mapping
 from statistics import fmean
@@ -12,6 +13,7 @@ from .contract import PARKED, Hyper, Kind, Optimizer, Params, Rule, Slots, State
 from .moments import GUESSED, UNKNOWN, Moments, complete
 from .random import Key, fold, normal
 
+PIECE = 2**12  # numbers that are squared at once
 RESTED = 100.0  # gradients that a first moment of zero counts for: a rule that corrects for its start does not here
 
 
@@ -86,14 +88,25 @@ def _one(
             slots, _ = new.adopt(Moments(rest, torch.full_like(rest, size), (RESTED, GUESSED)), slots, p, key)
             did = "it was frozen: second moment of its like, first moment zero"
         return slots, Row(name, old.name, new.name, did, nan, nan, nan)
+    before = _update(old, held, moments.first, p)
     made, did = new.adopt(moments, slots, p, key)
-    after = complete(new.export(made, p)) if new.export else UNKNOWN
-    first = second = nan
-    if after.first is not None and after.second is not None and moments.second is not None:
-        first = float(after.first.double().square().sum() / moments.first.double().square().sum())
-        second = float(after.second.sum() / moments.second.sum())
-    sizes = [_update(rule, s, moments.first, p) for rule, s in ((old, held), (new, made))]
-    return made, Row(name, old.name, new.name, did, first, second, sizes[1] / sizes[0] if sizes[0] else nan)
+    first, second = _kept(moments, complete(new.export(made, p))) if new.export else (nan, nan)
+    now = _update(new, made, moments.first, p)
+    return made, Row(name, old.name, new.name, did, first, second, now / before if before else nan)
+
+
+def _kept(before: Moments, after: Moments) -> tuple[float, float]:
+    """Shares of the first moment's energy and of the summed second moment."""
+    if after.first is None or after.second is None or before.first is None or before.second is None:
+        return float("nan"), float("nan")
+    energy = _energy(before.first)
+    kept = _energy(after.first) / energy if energy else float("nan")
+    return kept, float(after.second.sum() / before.second.sum())
+
+
+def _energy(x: Tensor) -> float:
+    """The sum of squares, in float64 a piece at a time: a copy of the whole would be twice as large."""
+    return float(torch.stack([part.double().square().sum() for part in torch.split(x.flatten(), PIECE)]).sum())
 
 
 def _update(rule: Rule, slots: Slots, g: Tensor, p: Tensor) -> float:
@@ -103,7 +116,7 @@ def _update(rule: Rule, slots: Slots, g: Tensor, p: Tensor) -> float:
     if delta is None:
         assert rule.product is not None, rule.name
         delta = rule.product(new) - rule.product(slots)
-    return float(delta.double().square().mean().sqrt())
+    return math.sqrt(_energy(delta) / delta.numel())
 
 
 def _same(old: Rule, new: Rule, held: Slots, slots: Slots) -> bool:

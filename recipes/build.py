@@ -6,6 +6,8 @@ params = run.place(device)                        the weights, in the dtype that
 step = run.step(params, state)                    the training step
 """
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from engine.config import step_options, weights_dtype
 from engine.data.tokenizer import load_tokenizer
 from engine.segments import cut
 from engine.step import Step
+from engine.task import Task
+from engine.trainer import Trainer
 from models.llama import PRESETS, Llama
 from optimizers.contract import Optimizer, Params, State
 from optimizers.partition import freeze
@@ -48,6 +52,13 @@ class Run(NamedTuple):
         """The step that trains `params` with `state`, both moved in place; `changed` are options of `Step`."""
         options = step_options(self.config, next(iter(params.values())).device.type)
         return Step(cut(self.model), params, self.optimizer, state, key=self.key, **{**options, **changed})
+
+    def trainer(self, task: Task, out: Path, device: torch.device, fresh: bool = True) -> Trainer:
+        """The loop over `task`, with fresh weights and state; or, not `fresh`, with none yet: a checkpoint's follow,
+        and never exist beside others."""
+        params = self.place(device, fill=fresh)
+        state = self.optimizer.init(params if fresh else self.params)
+        return Trainer(replace(self.config, out=out), self.step(params, state), task, out)
 
 
 def build(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Run:

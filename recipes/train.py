@@ -160,13 +160,10 @@ def _prepared(
     run: Run, task: LanguageTask, out: Path, saved: Reader | None, device: torch.device, console: Console
 ) -> Trainer:
     """The trainer, with fresh weights and state or those of a checkpoint: never both. Raises CheckpointError."""
-    config = dataclasses.replace(run.config, out=out)
-    params = run.place(device, fill=saved is None)
-    fresh = run.optimizer.init(run.params if saved else params)  # for a checkpoint: without memory, to be replaced
-    trainer = Trainer(config, run.step(params, fresh), task, out)
+    trainer = run.trainer(task, out, device, fresh=saved is None)
     if saved is None:
         return trainer
-    theirs = source(saved, run, trained_by(saved)) if config.swap != "never" else None
+    theirs = source(saved, run, trained_by(saved)) if run.config.swap != "never" else None
     resume(trainer, saved, console, theirs)
     if theirs:
         console.print(report(trainer.converted))

@@ -5,6 +5,7 @@ python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(
 python -m tools.bench polar     exact polar factors of moments: time over Newton-Schulz's five steps, and errors
 python -m tools.bench refresh   rebuilding subspace bases: the randomized range finder against the exact SVD
 python -m tools.bench stagger   the slowest training step against the median, bases rebuilt in turn and all at once
+python -m tools.bench ends      starting, resuming and swapping: counted peaks over what training holds
 """
 
 import sys
@@ -18,6 +19,7 @@ from engine.output import printable
 from engine.paths import writable
 from optimizers.contract import UsageError
 
+from .ends import EndsBench, bench_ends
 from .polar import PolarBench, bench_polar
 from .refresh import RefreshBench, bench_refresh
 from .stagger import StaggerBench, bench_stagger
@@ -30,10 +32,11 @@ Bench = (
     | Annotated[PolarBench, tyro.conf.subcommand("polar")]
     | Annotated[RefreshBench, tyro.conf.subcommand("refresh")]
     | Annotated[StaggerBench, tyro.conf.subcommand("stagger")]
+    | Annotated[EndsBench, tyro.conf.subcommand("ends")]
 )
 
 
-AnyBench = StepBench | UpdateBench | PolarBench | RefreshBench | StaggerBench
+AnyBench = StepBench | UpdateBench | PolarBench | RefreshBench | StaggerBench | EndsBench
 
 
 def main(config: AnyBench) -> int:
@@ -62,6 +65,8 @@ def measure(config: AnyBench) -> None:
             bench_refresh(config)
         case StaggerBench():
             bench_stagger(config)
+        case EndsBench():
+            bench_ends(config)
 
 
 if __name__ == "__main__":
