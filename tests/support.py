@@ -34,7 +34,7 @@ RECORD, PAGE = ROOT / "docs" / "support.json", ROOT / "docs" / "choosing.md"
 BEGIN, END = "<!-- support: begin -->\n", "<!-- support: end -->"
 
 RANK, BREAK, STEPS, HOLD = 4, 3, 6, 2  # HOLD: steps between two masks, or two P, so that a resume stands between turns
-WRAPPERS = ("none", "omgd", "lisa", "rso", "rso products")
+WRAPPERS = ("none", "omgd", "lisa", "rso", "rso products", "omgd over rso", "rso over omgd")
 PRECISIONS = ("fp32", "bf16", "bf16-sr", "mixed")
 MATRICES = r"_proj\.weight$"
 RESUMES = "resumes"
@@ -81,7 +81,10 @@ def combinations() -> Iterator[Combination]:
 
 
 def wrapped(wrapper: str, base: Optimizer, model: Llama, params: Params) -> Optimizer:
-    """`base` under the wrapper of this name."""
+    """`base` under the wrapper of this name; "a over b" is a of b of it."""
+    wrapper, _, inner = wrapper.partition(" over ")
+    if inner:
+        base = wrapped(inner, base, model, params)
     matrices = [name for name in params if "_proj" in name]
     if wrapper in ("omgd", "lisa"):
         masks = traversal(layers(params), Key(1), active=1, period=HOLD, replacement=wrapper == "lisa")
