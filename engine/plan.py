@@ -54,18 +54,20 @@ class Plan(NamedTuple):
 
 
 def plan(build: Callable[[], Built], config: LanguageConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
-    """The most that a run of `config` holds in tensors at `steps`; without any, at the first one, which builds all
-    bases, and the first that turns.
+    """The most that a run of `config` holds in tensors at `steps`; without any, from its start-up to its last save, the
+    steps being the first one, which builds all bases, and the first that turns.
 
     `build` is called under a FakeTensorMode. For "cuda", storages are rounded up to 512 bytes and `CONTEXT` is added;
     library calls are taken to need the workspace that they need on the CPU. Raises what `build` and the step raise.
     """
     count = config.accumulation
     counts = [count] if count <= SIMULATED else [SIMULATED - 1, SIMULATED]
-    found, state = _simulated(build, config, device, steps, counts)
+    found, beside, state = _simulated(build, config, device, steps, counts)
     peaks = found[-1]
     if count > SIMULATED:
         peaks = {m: _grown(found[0].get(m, Peak(0, {})), p, count - SIMULATED) for m, p in peaks.items()}
+    if not steps:
+        peaks |= beside
     moment = max(peaks, key=lambda m: peaks[m].bytes)
     kinds = {kind: n for kind, n in peaks[moment].kinds.items() if n}
     context = {"CUDA context (assumed)": CONTEXT} if device == "cuda" else {}
@@ -88,16 +90,19 @@ def _grown(few: Peak, more: Peak, times: int) -> Peak:
 
 def _simulated(
     build: Callable[[], Built], config: LanguageConfig, device: str, steps: Sequence[int], counts: Sequence[int]
-) -> tuple[list[dict[str, Peak]], int]:
-    """Peaks by moment of `steps` with each of these numbers of micro-batches; and the bytes of the fresh state."""
+) -> tuple[list[dict[str, Peak]], dict[str, Peak], int]:
+    """Peaks by moment of `steps` with each of these numbers of micro-batches; those of what a run does beside them; and
+    the bytes of the fresh state."""
     cuda = device == "cuda"
     tally = Tally((lambda n: -(-n // 512) * 512) if cuda else (lambda n: n))
     with FakeTensorMode(allow_non_fake_inputs=True), _Drawn():  # type: ignore[no-untyped-call]
         segments, params, optimizer, key = build()
-        state = optimizer.init(params)
-        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state, optimizer.owner)}.values())
         tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
-        _each(tally.adopt, state, optimizer.owner)
+        with tally, tally.doing("start-up", "start-up workspace"):
+            state = optimizer.init(params)
+            _each(tally.name, state, optimizer.owner)
+        beside = {"start-up": tally.peaks()["start-up"], "resume": tally.present()}
+        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state, optimizer.owner)}.values())
         step = Step(
             segments,
             params,
@@ -126,7 +131,36 @@ def _simulated(
                     step(batches, hypers, i)
             found.append(tally.peaks(before))
             del batches
-    return found, fresh
+        if not steps:
+            beside |= {"evaluation": _evaluation(step, tally, shape), "saving": _saving(step, tally, config, cuda)}
+    return found, beside, fresh
+
+
+def _evaluation(step: Step, tally: Tally, shape: tuple[int, int]) -> Peak:
+    """The peak of an evaluation, whatever its moments."""
+    before = tally.events()
+    batch = {k: torch.zeros(shape, dtype=torch.int64) for k in ("input_ids", "targets")}
+    tally.adopt("batch", batch.values())
+    with tally:
+        step.chain.loss(step.view(), batch)
+    return max(tally.peaks(before).values(), key=lambda peak: peak.bytes)
+
+
+def _saving(step: Step, tally: Tally, config: LanguageConfig, cuda: bool) -> Peak:
+    """The peak of a save: weights are looked at and written one at a time. What is written in the background is copied
+    to the host first, which on the CPU is the memory that the run trains in."""
+    before = tally.events()
+    with tally, tally.doing("saving", "saving workspace"), torch.no_grad():
+        for name, p in step.params.items():
+            p.isfinite().all()
+            step.optimizer.merge({name: p}, {name: step.state[name]} if name in step.state else {})
+        if not cuda and config.save_async == "on":
+            copies = [
+                t.clone() for t in (*step.params.values(), *(t for _, t in _slots(step.state, step.optimizer.owner)))
+            ]
+            tally.name("copy for the disk", copies)
+            del copies
+    return tally.peaks(before)["saving"]
 
 
 class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -111,6 +111,14 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if t is not None and (index := self._alive.get(t.untyped_storage()._cdata, -1)) >= 0:
                 self._kinds[index] = kind
 
+    def present(self) -> Peak:
+        """What is alive now."""
+        kinds: dict[str, int] = {}
+        for index in self._alive.values():
+            if index >= 0:
+                kinds[self._kinds[index]] = kinds.get(self._kinds[index], 0) + self._sizes[index]
+        return Peak(sum(kinds.values()), kinds)
+
     def events(self) -> int:
         """How many births and deaths so far, for `peaks`."""
         return len(self._events)

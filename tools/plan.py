@@ -109,7 +109,7 @@ def answer(config: Config, asked: Asked) -> int:
     fits = limit is None or first.bytes <= limit
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
     if not asked.json:
-        show(first, device, console, "what training holds at its peak")
+        show(first, device, console, "what a run holds at its peak, from start-up to the last save")
     if limit is not None:
         need = gib(first.bytes)
         said, content["fits"], content["limit"] = f"{need} fits in {gib(limit)}", fits, limit
@@ -202,7 +202,10 @@ def show(plan: "Plan", device: str, console: Console, title: str) -> None:
     console.print(f"the peak is reached in: {plan.moment}. Peaks by moment, GiB: {others}", soft_wrap=True)
     what = "bytes of tensors; Python, torch and the compiler come on top"
     if device == "cuda":
-        what = "bytes on the device, in blocks of 512; CUDA was not measured, and 500 MiB for its context are assumed"
+        what = (
+            "bytes on the device, in blocks of 512; CUDA was not measured, and 500 MiB for its context are assumed. "
+            "Checkpoints are written from a copy in host memory, of weights and optimizer state"
+        )
     console.print(f"{device}: {what}", soft_wrap=True)
 
 
