@@ -21,7 +21,15 @@ def program(name: str) -> str | Path:
 
 def pasted(*words: str | Path) -> str:
     """The words as a line for the shell: quoted where they need it. A path never looks like a flag."""
-    return shlex.join(path(word) if isinstance(word, Path) else word for word in words)
+    return " ".join(_quoted(path(word) if isinstance(word, Path) else word) for word in words)
+
+
+def _quoted(word: str) -> str:
+    """As a shell reads it; what a terminal does not show, such as a tab, is written as bash and zsh read it."""
+    if word.isprintable() or not any(ord(c) < 32 or ord(c) == 127 for c in word):
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(f"\\x{ord(c):02x}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + "'"
 
 
 def path(place: Path) -> str:

@@ -1,6 +1,7 @@
 """Loss curves as pictures, and the colours and labels that all pictures share."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ Curve = tuple[list[int], list[float]]  # steps, values
 COLOURS = ("#2a6fbb", "#d9662b", "#2f8f5b", "#a0499b", "#b8860b", "#c43c4f", "#3a9fb0", "#6b6b6b")
 INK, FAINT = "#333333", "#d9d9d9"
 POINTS: dict[str, Any] = {"linewidth": 0.9, "marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
+PLAIN: dict[str, Any] = {"parse_math": False}  # a name with $ in it is no formula
 LABELLED = len(COLOURS)  # with more curves than this the names move from the line ends to a legend
 
 
@@ -64,13 +66,22 @@ def loss_curve(
 
     _dress(axes, title, xlabel, ylabel, (low, high))
     if len(names) > LABELLED:
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend = axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        for text in legend.get_texts():
+            text.set(**PLAIN)
     elif len(names) > 1:
         _label_ends(axes, ends, (low, high))
     if series and held_out:
         _explain(axes)
-    figure.savefig(path_png)
+    save(figure, path_png)
     return Path(path_png)
+
+
+def save(figure: Any, path: Path | str) -> None:
+    """Write the picture. What its font cannot draw is a box, and no lines on the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(path)
 
 
 def average(values: Sequence[float], span: int | None = None) -> np.ndarray:
@@ -121,9 +132,9 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 def _dress(axes: Any, title: str, xlabel: str, ylabel: str, ylim: tuple[float, float]) -> None:
     axes.set_ylim(*ylim)
     axes.margins(x=0.01)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
-    axes.set_xlabel(xlabel, color=INK)
-    axes.set_ylabel(ylabel, color=INK)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10, **PLAIN)
+    axes.set_xlabel(xlabel, color=INK, **PLAIN)
+    axes.set_ylabel(ylabel, color=INK, **PLAIN)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,7 +149,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], ylim: tuple[f
     heights = spread([min(max(y, ylim[0]), ylim[1]) for y, _, _ in ends], gap=0.048 * (ylim[1] - ylim[0]))
     for (y, name, colour), height in zip(ends, heights, strict=True):
         where = {"xy": (1.01, height), "xycoords": ("axes fraction", "data"), "annotation_clip": False}
-        axes.annotate(f"{name}  {y:.4g}", va="center", fontsize=9, color=colour, **where)
+        axes.annotate(f"{name}  {y:.4g}", va="center", fontsize=9, color=colour, **PLAIN, **where)
 
 
 def _explain(axes: Any) -> None:

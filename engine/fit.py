@@ -17,6 +17,7 @@ from optimizers.random import fold
 from .checkpoint import Reader
 from .compile import can_compile
 from .config import RunConfig, step_options, weights_dtype
+from .durable import write_whole
 from .metrics import Metrics
 from .place import device_of, leave_branch, place
 from .receipt import receipt
@@ -68,7 +69,7 @@ def _fit(task: Task, step: Step, config: RunConfig, saved: Reader | None, consol
     if saved:
         resume(trainer, saved, console)
     leave_branch(out, saved, trainer.done, config, console.print)
-    (out / "config.json").write_text(json.dumps(config.plain(), indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "config.json", json.dumps(config.plain(), indent=1) + "\n")
     with Metrics(out, trainer.done, config.steps, console) as metrics:
         found = trainer.train(metrics)
     write_result(trainer, metrics, found)
@@ -83,6 +84,8 @@ def resume(trainer: Trainer, saved: Reader, console: Console, source: Optimizer 
     changed = trainer.resume(saved, source)
     differs = f"; changed: {', '.join(changed)}" if changed else ""
     console.print(f"resuming {saved.path} at step {trainer.done}{differs}")
+    if source is None and trainer.done == trainer.config.steps:
+        console.print(f"nothing is left to train: all {trainer.done} steps are done; give more --steps to go on")
     for note in trainer.notes:
         console.print(note)
 

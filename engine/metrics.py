@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from .durable import naming, write_whole
+
 FILE = "metrics.jsonl"
 
 
@@ -20,9 +22,7 @@ class Metrics:
     def __init__(self, out: Path, start: int, steps: int, console: Console) -> None:
         self.out, self.steps, self.console = out, steps, console
         self.history = [record for record in read(out) if record["step"] <= start] if start else []
-        fresh = out / f".{FILE}"
-        fresh.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
-        fresh.replace(out / FILE)  # a kill leaves the old records or the new ones
+        write_whole(out / FILE, "".join(json.dumps(r) + "\n" for r in self.history))
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         told = any(out.glob("events.out.tfevents*"))
@@ -62,7 +62,7 @@ class Metrics:
         """Record scalars of `step` (steps done so far)."""
         record = {"step": step, **scalars}
         self.history.append(record)
-        with (self.out / FILE).open("ab") as file:
+        with naming(self.out / FILE), (self.out / FILE).open("ab") as file:
             whole = not file.tell() or self._ends_whole()
             file.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
         for name, value in scalars.items():

@@ -1,5 +1,6 @@
 """Where a run lives: its device, its folder, and the checkpoint that it goes on from."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ from optimizers.contract import UsageError
 
 from . import checkpoint
 from .checkpoint import Reader
-from .checkpoint.aside import set_aside
+from .checkpoint.aside import METRICS, set_aside
+from .checkpoint.form import steps
 from .checkpoint.lock import claim, claim_new
 from .config import RunConfig
+
+RUN = {"steps", "micro_batch", "seed"}  # what the config.json of a run says
 
 
 def device_of(name: str) -> torch.device:
@@ -39,15 +43,12 @@ def place(
     folder = str(config.out or config.resume)
     if any("\ud800" <= character <= "\udfff" for character in folder):
         raise UsageError(f"--out {folder}: a name that is not UTF-8, which TensorBoard cannot write to; choose another")
-    given, out = None, Path(config.out) if config.out else None
+    given, out = None, Path(config.out).expanduser() if config.out else None
     if config.resume not in ("never", "auto"):
-        asked = Path(config.resume)
-        given = checkpoint.read(asked) if os.path.exists(asked / checkpoint.TRAINER) else newest(asked, say)
-        if given is None:
-            raise UsageError(
-                f"--resume: no whole checkpoint in {config.resume}; give never, auto, a run or a step folder"
-            )
+        given = _asked(Path(config.resume).expanduser(), say)
     out = out or (given.path.parent if given else stem if config.resume == "auto" else None)
+    if out:
+        _check_foreign(out)
     if dry:
         yield out or stem, given or (newest(out, say) if out and config.resume == "auto" else None)
         return
@@ -55,7 +56,45 @@ def place(
         saved = given or newest(owned, say)
         if saved and config.resume == "never":
             raise UsageError(f"--out {owned} holds a run already; continue it with --resume auto or choose another")
+        if saved and saved.step > config.steps:
+            raise UsageError(
+                f"--steps {config.steps}: {saved.path} has done {saved.step} already; give more, or an earlier step "
+                "folder to --resume"
+            )
         yield owned, saved
+
+
+def _asked(path: Path, say: Callable[[str], None]) -> Reader:
+    """The checkpoint that --resume names: a step folder, or the newest in a run's. Raises UsageError."""
+    if os.path.exists(path / checkpoint.TRAINER):
+        return checkpoint.read(path)
+    if (found := newest(path, say)) is not None:
+        return found
+    if not path.exists():
+        there = ", ".join(step.name for step in steps(path.parent)) if path.parent.name else ""
+        what = f"{path} is not there" + (f"; {path.parent} has {there}" if there else "")
+    else:
+        what = f"no whole checkpoint in {path}"
+    raise UsageError(f"--resume: {what}; give never, auto, a run or a step folder")
+
+
+def _check_foreign(out: Path) -> None:
+    """Raises UsageError where a run in `out` would write over files that are no run's."""
+    if os.path.exists(out / checkpoint.TRAINER) or checkpoint.STEP.fullmatch(out.name):
+        raise UsageError(
+            f"--out {out}: is a checkpoint, which a run would damage; give the run's own folder, or a new one"
+        )
+    file = out / checkpoint.CONFIG
+    if not file.is_file() or (out / METRICS).exists() or steps(out):
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= RUN:
+        raise UsageError(
+            f"--out {out}: has a {file.name} that is no run's, and a run would write over it; choose another"
+        )
 
 
 def leave_branch(out: Path, saved: Reader | None, step: int, config: RunConfig, say: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from optimizers.contract import total_bytes
 
+from .durable import write_whole
 from .memory import peak_bytes
 from .metrics import Metrics
 from .trainer import Trainer
@@ -40,5 +41,5 @@ def result(trainer: Trainer, metrics: Metrics, held_out: Mapping[str, float]) ->
 def write_result(trainer: Trainer, metrics: Metrics, held_out: Mapping[str, float]) -> Path:
     """Write `result.json` into the run's folder; returns its path."""
     file = trainer.out / FILE
-    file.write_text(json.dumps(result(trainer, metrics, held_out), indent=1) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(result(trainer, metrics, held_out), indent=1) + "\n")
     return file

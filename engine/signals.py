@@ -21,7 +21,7 @@ class Ended(BaseException):
     """A signal asked the process to end where there was nothing to finish. `code` is the exit code that says so."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"{signal.Signals(signum).name}: ended; nothing was saved after the last checkpoint")
+        super().__init__(f"{signal.Signals(signum).name}: ended outside of training; whatever was saved before stays")
         self.signum, self.code = signum, 128 + signum
 
 

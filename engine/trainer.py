@@ -121,6 +121,8 @@ class Trainer:
                     if asked.signum is not None:
                         raise Interrupted(asked.signum, path)
                 rows, since = 0, time.monotonic()  # evaluation and saving are not training time
+        if self.saved and self.saved.parent.resolve() != self.out.resolve():  # nothing was left to train
+            self.save_now()
         return held_out if held_out and evaluated == self.done else self.evaluate()
 
     def evaluate(self) -> dict[str, float]:
@@ -197,7 +199,7 @@ class Trainer:
 
     def _whole(self) -> str:
         saved = checkpoint.latest(self.out).path
-        return f"The last good checkpoint is {saved or 'none: none was due yet'}"
+        return f"The last good checkpoint is {saved}" if saved else "There is no good checkpoint yet"
 
     def _warn(self, error: WriteError | None) -> None:
         """Say what the disk refused. The run goes on: the next checkpoint may find room."""

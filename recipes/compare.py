@@ -30,6 +30,7 @@ from rich.console import Console
 from engine.checkpoint.lock import claim
 from engine.command import typed
 from engine.curves import loss_curve
+from engine.durable import write_whole
 from engine.output import printable
 from optimizers.contract import UsageError
 from optimizers.random import fold
@@ -108,9 +109,7 @@ def load(out: Path) -> dict[str, Cell]:
 def save(out: Path, cells: dict[str, Cell]) -> None:
     """Replace the file at once, so that a kill leaves the old or the new one."""
     plain = {k: c | {"loss": c["loss"] if math.isfinite(c["loss"]) else None} for k, c in cells.items()}
-    fresh = out / f".{CELLS}"
-    fresh.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(out / CELLS)
+    write_whole(out / CELLS, json.dumps(plain, indent=1) + "\n")
 
 
 def steps_to(curve: Sequence[Sequence[float]], target: float) -> float | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.checkpoint.lock import claim
-from engine.curves import COLOURS, FAINT, INK
+from engine.curves import COLOURS, FAINT, INK, save
 from optimizers.contract import UsageError
 from optimizers.random import fold
 from optimizers.wrappers.traversal import Traversal, coordinates, traversal
@@ -177,5 +177,5 @@ def draw_toy(path: Path, steps: np.ndarray, squared: np.ndarray, found: dict[str
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=9, which="both", length=0)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower left")
-    figure.savefig(path)
+    save(figure, path)
     return path

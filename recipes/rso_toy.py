@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from engine.checkpoint.lock import claim
-from engine.curves import COLOURS, FAINT, INK, spread
+from engine.curves import COLOURS, FAINT, INK, save, spread
 from optimizers.apply import refresh
 from optimizers.contract import Group, Hyper, Params, UsageError
 from optimizers.linalg import lift, project, svd_basis
@@ -170,5 +170,5 @@ def picture(path: Path, curves: dict[str, list[float]], every: int, floor: float
     axes.grid(color=FAINT, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    figure.savefig(path)
+    save(figure, path)
     return path

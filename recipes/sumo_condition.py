@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from engine import checkpoint
-from engine.curves import COLOURS, FAINT, INK
+from engine.curves import COLOURS, FAINT, INK, save
 from optimizers.contract import Hyper, Kind, Rule, Slots, State, declare
 from optimizers.linalg import project
 from optimizers.rules.muon import newton_schulz
@@ -141,5 +141,5 @@ def draw(found: Sequence[Sample], path: Path) -> Path:
         axes.tick_params(colors=INK)
     over.legend(frameon=False)
     errors.legend(frameon=False)
-    figure.savefig(path)
+    save(figure, path)
     return path

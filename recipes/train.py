@@ -18,6 +18,7 @@ from engine.data import Tokens, tokenizer_of
 from engine.data.prepare import Request, cached
 from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import KEPT, Tokenizer
+from engine.durable import write_whole
 from engine.fit import plain_console, resume
 from engine.metrics import FILE, Metrics
 from engine.place import device_of, leave_branch, place
@@ -99,7 +100,7 @@ def _trained(
     until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
     if trainer.converted:
         path = trainer.save_now()
-        (out / "swap.json").write_text(json.dumps(plain(trainer.converted), indent=1) + "\n", encoding="utf-8")
+        write_whole(out / "swap.json", json.dumps(plain(trainer.converted), indent=1) + "\n")
         console.print(f"converted    {path}, {out / 'swap.json'}")
         if config.swap == "only":
             return out, None
@@ -177,7 +178,7 @@ def _own(out: Path, saved: Reader | None, trainer: Trainer, tokenizer: Tokenizer
         (out / KEPT).mkdir(exist_ok=True)
         tokenizer.copy_to(out / KEPT)
     config = trainer.config.plain()
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "config.json", json.dumps(config, indent=1) + "\n")
     console.print(f"config: {json.dumps(config)}", style="dim")
 
 

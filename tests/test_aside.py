@@ -115,3 +115,31 @@ def test_a_line_that_a_full_disk_cut_hides_no_later_one(tmp_path):
         file.write('{"step": 2, "trai')
     metrics.log(3, {"train/loss": 1.0})
     assert [r["step"] for r in read(tmp_path)] == [1, 3]
+
+
+@pytest.mark.run
+def test_a_finished_run_copied_to_another_folder_is_whole_there(folder):
+    done = here(folder, f"{RUN} --out other --resume run")
+    assert done.code == 0, done
+    assert "nothing is left to train: all 20 steps are done" in done.out
+    assert "checkpoint   other/step-00000020\n" in done.out
+    assert steps(folder / "other") == [20] and steps(folder / "run") == [5, 10, 15, 20]
+    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
+        there, here_too = (folder / run / "step-00000020" / name for run in ("run", "other"))
+        assert there.read_bytes() == here_too.read_bytes()
+
+
+@pytest.mark.run
+def test_fewer_steps_than_are_done_is_refused_before_anything_is_touched(folder):
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+    for flags in ("--out run --resume auto", "--resume run", "--resume run/step-00000020 --out other"):
+        done = here(folder, f"{RUN} {flags} --steps 17")
+        assert done.code == 2 and "--steps 17: " in done.err and "has done 20 already" in done.err, done
+    assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")} == before
+    assert not (folder / "other").exists()
+
+
+@pytest.mark.run
+def test_a_step_that_is_not_there_is_said_with_those_that_are(folder):
+    done = here(folder, f"{RUN} --resume run/step-00000099")
+    assert done.code == 2 and "run/step-00000099 is not there; run has step-00000005, step-00000010" in done.err, done

@@ -199,10 +199,10 @@ def test_schema_and_origin_are_checked(tmp_path):
 
 
 def test_latest_knows_steps_only_and_orders_them_as_numbers(tmp_path):
-    assert latest(tmp_path / "absent") == (None, [])
+    assert latest(tmp_path / "absent")[:2] == (None, [])
     for name in ("step-1", "step-00000009x", "best", ".tmp-step-00000009"):
         (tmp_path / name).mkdir()
-    assert latest(tmp_path) == (None, [])
+    assert latest(tmp_path)[:2] == (None, [])
     save_example(tmp_path, 99_999_999)
     newest = save_example(tmp_path, 100_000_000)
     assert latest(tmp_path) == (newest, [])

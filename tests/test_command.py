@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ def test_the_usage_line_is_what_was_typed(tmp_path, name):
 def test_a_printed_path_can_be_pasted(folder):
     command, read = shlex.split(pasted("tool", Path(folder)))
     assert command == "tool" and not read.startswith("-") and Path(read) == Path(folder)
+
+
+@pytest.mark.parametrize("folder", ["tab\there", "new\nline", "\x1b[31mred", "both'\\\t"])
+def test_what_a_terminal_does_not_show_is_pasted_as_an_escape(folder):
+    line = pasted("printf", "%s", Path(folder))
+    assert line.isprintable()
+    assert subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout.decode() == folder
 
 
 @pytest.mark.run

@@ -2,13 +2,17 @@
 
 import contextlib
 import io
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import TINY, Done, corpus, here
+from helpers.runs import ROOT, TINY, Done, corpus, here
 
+from engine.curves import loss_curve
 from engine.paths import writable
 from optimizers.contract import UsageError
 from tools import bench, generate, inspect, plot, prepare
@@ -147,3 +151,58 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
     assert said_of_run.code == 2 and "--out run: cannot be written: No space left" in said_of_run.err, said_of_run
     assert not (tmp_path / "c" / "run").exists()
     shutil.rmtree(tmp_path / "c")
+
+
+@pytest.mark.run
+def test_a_run_writes_over_no_checkpoint_and_no_other_models_config(tmp_path):
+    folder = corpus(tmp_path)
+    assert here(folder, f"baseline {TINY} --steps 2 --out run").code == 0
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 16}')
+    taken = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for out in ("run/step-00000002", "run/step-00000007", "model"):
+        for resume in ("never", "auto", "run"):
+            done = here(folder, f"baseline {TINY} --steps 2 --out {out} --resume {resume}")
+            assert done.code == 2 and f"--out {out}: " in done.err, done
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == taken
+
+
+@pytest.mark.run
+def test_home_is_home_in_every_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = corpus(tmp_path)
+    done = here(folder, f"baseline {TINY} --steps 2 --out=~/run")
+    assert done.code == 0 and (tmp_path / "home/run/step-00000002").is_dir(), done
+    done = here(folder, f"baseline {TINY} --steps 3 --resume=~/run")
+    assert done.code == 0 and (tmp_path / "home/run/step-00000003").is_dir(), done
+    assert not (folder / "~").exists()
+
+
+LIMIT = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+from tools.prepare import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("size", [0, 10, 1000, 12000])
+def test_a_disk_that_fills_up_names_the_file(tmp_path, size):
+    folder = corpus(tmp_path)
+    command = [sys.executable, "-c", LIMIT, str(size), "made", "--data", "corpus.txt"]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: OUT made: ") and "(made/" in done.stderr, done
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_names_are_no_formulas_and_need_no_font(tmp_path, recwarn):
+    """$ is math to the library that draws, and characters that its font lacks are warnings."""
+    name = "$HOME/\\frac$ \u6f22\u5b57"
+    assert loss_curve(tmp_path / "a.png", {name: ([1, 2], [3.0, 2.0]), "b": ([1], [2.0])}, name, name).exists()
+    assert loss_curve(tmp_path / "b.png", {f"{name}{i}": ([1], [2.0]) for i in range(12)}, name).exists()
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]

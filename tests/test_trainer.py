@@ -327,7 +327,7 @@ def test_an_update_that_overflows_is_not_saved(tmp_path):
         here(corpus(tmp_path), line("baseline", "--lr 1e38 --weight-decay 1e9 --warmup 0 --steps 1 --out run"))
     )
     assert said.startswith("error: step 1: its update left ")
-    assert "none was due yet" in said
+    assert "There is no good checkpoint yet" in said
     assert checkpoint.latest(tmp_path / "run").path is None
 
 

@@ -12,8 +12,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from engine.data import Tokens, read_index
+from engine.data.losses import NOTHING_UNKNOWN, counted, in_words
 from engine.data.prepare import Request, cached, prepare
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from engine.data.unknown import Packed
 from optimizers.contract import UsageError
 from tools.prepare import main
 
@@ -233,8 +235,8 @@ def test_a_small_share_is_allowed_and_said_every_time(tmp_path: Path) -> None:
     for _ in range(2):
         said.clear()
         out = cached(tmp_path / "cache", request, lambda what, done, total: said.append(what))
-        assert any("10 of" in line and "in 1 documents, are unknown" in line for line in said)
-        assert any("1 documents encode to no token and are left out" in line for line in said)
+        assert any("10 of" in line and "in 1 document, are unknown" in line for line in said)
+        assert any("1 document left out, as no token comes of it" in line for line in said)
     assert len(Tokens(out)) > 0
     strict = Request(data=request.data, tokenizer=request.tokenizer, allow_unknown=0)
     with pytest.raises(UsageError, match=r"10 of .* allowed are 0.00%"):
@@ -281,3 +283,12 @@ def test_published_tokenizers_in_japanese(shared: Path) -> None:
         assert load_tokenizer(str(folder / name)).pack([JAPANESE, "🙂 naïve"]).lost == ["", ""]
     lost = load_tokenizer(str(folder / "bert-base-uncased")).pack([JAPANESE, "Hello 🙂 naïve café", "x" * 101]).lost
     assert lost[1:] == ["🙂", "x" * 101] and set(lost[0]) < set(JAPANESE)
+
+
+def test_an_unknown_line_end_is_shown():
+    """White space is what a terminal does not show: it is named where nothing else is unknown."""
+    said = in_words(counted(NOTHING_UNKNOWN, Packed([[1]], ["\n\n"]), ["a.txt, document 1"]), 10)
+    assert said == (
+        "2 of 10 characters (20.00%), in 1 document, are unknown to the tokenizer, such as '\\n'; the first in a.txt, "
+        "document 1"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.curves import COLOURS, FAINT, INK
+from engine.curves import COLOURS, FAINT, INK, PLAIN, save
 from engine.inspection import Look
 
 PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+?)(?:\.weight)?$")  # stem, layer, matrix
@@ -28,7 +28,7 @@ def draw(path: Path, looks: Sequence[Look], sizes: Mapping[str, int], adamw: int
     tall = max([len(found[0]) for _, found in grids], default=8)
     heights = [1.1, *[max(3.2, 0.24 * tall + 1.2)] * (rows - 1)]
     figure = Figure(figsize=(13, sum(heights) + 1.2), dpi=130, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK, **PLAIN)
     cells = figure.add_gridspec(rows, 2, height_ratios=heights)
     _bytes(figure.add_subplot(cells[0, :]), sizes, adamw)
     free = iter([figure.add_subplot(cells[1 + i // 2, i % 2]) for i in range(panels)])
@@ -36,7 +36,7 @@ def draw(path: Path, looks: Sequence[Look], sizes: Mapping[str, int], adamw: int
         _spectra(figure, next(free), spectra)
     for text, found in grids:
         _heat(figure, next(free), text, found)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def place(name: str) -> tuple[int, str] | None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from engine.command import typed
 from engine.data import read_index
+from engine.data.losses import several
 from engine.data.prepare import Request, prepare
 from engine.output import printable
 from engine.progress import Bar
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     for split, made in index["splits"].items():
-        bar(f"{split}: {made['tokens']:,} tokens, {made['documents']:,} documents, {len(made['shards'])} files", 0, 0)
+        parts = (made["tokens"], "token"), (made["documents"], "document"), (len(made["shards"]), "file")
+        bar(f"{split}: {', '.join(several(count, thing) for count, thing in parts)}", 0, 0)
     bar(f"{out}: ready ({index['tokenizer']['fingerprint']}, vocabulary {index['tokenizer']['vocab_size']:,})", 0, 0)
     return 0
 

@@ -9,6 +9,7 @@ import shutil
 from itertools import count
 from pathlib import Path
 
+from ..durable import write_whole
 from .form import STEP, steps
 from .tensorfile import WriteError
 
@@ -40,10 +41,8 @@ def set_aside(root: Path, step: int | None) -> str | None:
         for path in sorted(newer, reverse=True):  # the newest first: a kill in between leaves a line of steps
             path.rename(aside / path.name)
         if cut:
-            (aside / METRICS).write_text("".join(cut), encoding="utf-8")
-            fresh = root / f".{METRICS}"
-            fresh.write_text("".join(kept), encoding="utf-8")
-            fresh.replace(root / METRICS)
+            write_whole(aside / METRICS, "".join(cut))
+            write_whole(root / METRICS, "".join(kept))
         for path in (*root.glob("events.out.tfevents*"), *(root / name for name in ENDS)):
             if path.exists():
                 path.rename(aside / path.name)

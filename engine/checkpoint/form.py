@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..durable import naming
 from .tensorfile import CheckpointError
 
 MODEL, CONFIG, OPTIMIZER, TRAINER = "model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"
@@ -35,7 +36,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file.name}: {error}; give numbers, strings, lists and dicts only") from error
-    file.write_text(text + "\n", encoding="utf-8")
+    with naming(file):
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(file: Path, otherwise: str = "the checkpoint is not whole") -> dict[str, Any]:

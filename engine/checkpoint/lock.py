@@ -239,7 +239,8 @@ def _flocks(folder: Path) -> bool:
     probe = folder / f"{FILE}-probe-{os.getpid()}-{threading.get_ident()}"
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, b"\0" * 4096)  # a full disk makes files, and takes nothing in them
+        if os.write(descriptor, b"\0" * 4096) < 4096:  # a full disk makes files, and takes little or nothing in them
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
         if fcntl is None:
             return False

@@ -84,7 +84,8 @@ def save(
         finally:
             _recover(root)
     except OSError as error:
-        raise WriteError(f"{error.filename or fresh}: cannot be written: {error.strerror or error}") from error
+        why = f"cannot be written: {error.strerror or error}; make room there"
+        raise WriteError(f"{error.filename or fresh}: {why}") from error
     return final
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from optimizers.contract import Params
 
+from ..durable import naming
+
 SCHEMA = 1
 DTYPES = {
     torch.float64: "F64",
@@ -92,7 +94,7 @@ def write(file: Path, tensors: Params, header: Mapping[str, str], made: Callable
         at += t.nbytes
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
+    with naming(file), file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = made(name) if made else tensors[name]

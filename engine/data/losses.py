@@ -23,8 +23,13 @@ def counted(so_far: Mapping[str, Any], packed: Packed, places: Sequence[str]) ->
         if lost:
             now["first"] = now["first"] or place
             if len(now["some"]) < 10:
-                now["some"] = "".join(dict.fromkeys(now["some"] + "".join(lost.split())))[:10]
+                now["some"] = "".join(dict.fromkeys(now["some"] + ("".join(lost.split()) or lost)))[:10]
     return now
+
+
+def several(count: int, thing: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def refuse_malformed(passed: Passed, field: str, allowed: float) -> None:
@@ -39,11 +44,11 @@ def in_words(unknown: Mapping[str, Any], characters: int) -> str:
     if unknown["characters"]:
         parts.append(
             f"{unknown['characters']:,} of {characters:,} characters ({unknown['characters'] / characters:.2%}), in "
-            f"{unknown['documents']:,} documents, are unknown to the tokenizer, such as {unknown['some']!r}; the first "
-            f"in {unknown['first']}"
+            f"{several(unknown['documents'], 'document')}, are unknown to the tokenizer, such as "
+            f"{unknown['some']!r}; the first in {unknown['first']}"
         )
     if unknown["left_out"]:
-        parts.append(f"{unknown['left_out']:,} documents encode to no token and are left out")
+        parts.append(f"{several(unknown['left_out'], 'document')} left out, as no token comes of it")
     return "; ".join(parts)
 
 

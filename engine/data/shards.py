@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from optimizers.contract import UsageError
 
+from ..durable import naming
+
 Table = list[dict[str, Any]]  # files and the tokens in each, as the index of a prepared folder lists them
 
 
@@ -42,7 +44,8 @@ class Shards:
             if self._file is None:
                 self._file = (self.folder / self._file_name(self.tokens // self.capacity)).open("ab")
             room = self.capacity - self.tokens % self.capacity
-            self._file.write(ids[:room].astype(self.dtype).tobytes())
+            with naming(Path(self._file.name)):
+                self._file.write(ids[:room].astype(self.dtype).tobytes())
             self.tokens += len(ids[:room])
             ids = ids[room:]
             if self.tokens % self.capacity == 0:
@@ -51,14 +54,19 @@ class Shards:
     def sync(self) -> None:
         """Return when all that was appended is on the disk."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with naming(Path(self._file.name)):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._file is None:
+            return
+        try:
+            self.sync()
+        finally:  # after a sync that failed, closing would try again
+            file, self._file = self._file, None
+            with naming(Path(file.name)):
+                file.close()
 
     def _file_name(self, k: int) -> str:
         return f"{self.name}-{k:05d}.bin"
