@@ -65,9 +65,10 @@ def over_matrices(params: dict[str, Tensor], rule: Rule) -> Optimizer:
     )
 
 
-def hypers(step: int, decay: float = DECAY) -> dict[str, dict[str, Tensor]]:
+def hypers(optimizer: Optimizer, step: int, decay: float = DECAY) -> dict[str, dict[str, Tensor]]:
+    """What the trainer gives to every group."""
     one = {"lr": torch.tensor(rate(step)), "weight_decay": torch.tensor(decay)}
-    return {"all": one, "rest": one}
+    return {group.name: one for group in optimizer.owner.values()}
 
 
 def make(model: Llama, optimizer: Optimizer, **options) -> Step:
@@ -79,7 +80,7 @@ def make(model: Llama, optimizer: Optimizer, **options) -> Step:
 def run(step: Step, first: int, last: int, accumulation: int = 1, decay: float = DECAY) -> Step:
     for i in range(first, last):
         step.turn(i)
-        step(batches(step.optimizer.batch(i), accumulation), hypers(i, decay), i)
+        step(batches(step.optimizer.batch(i), accumulation), hypers(step.optimizer, i, decay), i)
     return step
 
 
@@ -287,7 +288,7 @@ def test_what_is_frozen_stands_still(kind, rule, policy):
             for key, slots in step.state.items()
             if key.startswith(PARKED)
         }
-        result = step(batches(i), hypers(i), i)
+        result = step(batches(i), hypers(step.optimizer, i), i)
         trained = {name for names, _ in result.squares for name in names}
         assert trained == {name for name in step.params if name in step.state}
         for name, p in step.params.items():
@@ -311,7 +312,7 @@ def test_an_entry_that_is_frozen_keeps_even_the_sign_of_its_zero():
     masks = traversal(coordinates(params), KEY, keep=0.5, period=1)
     optimizer = omgd(everything(params, sgd()), params, masks)
     state = optimizer.init(params)
-    moved, _ = optimizer.update({"w": torch.ones(8)}, state, params, hypers(0))
+    moved, _ = optimizer.update({"w": torch.ones(8)}, state, params, hypers(optimizer, 0))
     assert (moved["w"] < 0).sum() == 4
     assert torch.signbit(moved["w"]).all()
 
@@ -322,7 +323,7 @@ def test_clipping_comes_before_the_scale():
     masks = traversal(layers(params), KEY, active=1, period=2)
     step = make(model, omgd(everything(params, sgd(0.0)), params, masks), clip="tensor", clip_norm=1e-3)
     before = {name: p.detach().clone() for name, p in step.params.items()}
-    step(batches(0), hypers(0, 0.0), 0)
+    step(batches(0), hypers(step.optimizer, 0, 0.0), 0)
     for name in step.state:
         factor = 4 if "layers" in name else 1
         assert (step.params[name] - before[name]).norm().item() == pytest.approx(factor * LR * 1e-3, rel=1e-2), name
@@ -340,7 +341,7 @@ def test_micro_batches_make_the_step_of_their_union(recompute):
             data = batches(i, 3)
             union = {key: torch.cat([batch[key] for batch in data]) for key in data[0]}
             step.turn(i)
-            step([union] if whole else data, hypers(i), i)
+            step([union] if whole else data, hypers(step.optimizer, i), i)
         ends.append(step.params)
     assert distance(ends[0], ends[1]) < 1e-4
 
@@ -584,7 +585,7 @@ def test_state_is_that_of_the_active_set_before_and_after_two_cycles():
     active += sum(p.numel() for n, p in everything_.items() if ".layers.0." in n) * 3
     for i in range(17):
         step.turn(i)
-        step(few_tokens(1), hypers(i), i)
+        step(few_tokens(1), hypers(step.optimizer, i), i)
         scalars = sum(4 + 16 + (4 if "scale" in slots else 0) for slots in step.state.values())  # clock, scale
         assert held(step) == 8 * active + scalars, i
         assert held(step) < 0.4 * held(masked(None)), "of all"
@@ -598,7 +599,8 @@ def test_gradients_are_those_of_one_active_segment_at_a_time(recompute):
         p.requires_grad_(name in trainable)
     seen: list[dict[str, Tensor]] = []
     pass_ = passes.recomputed if recompute else passes.stored
-    pass_(step.chain, step.params, few_tokens(1), [torch.tensor(1.0)], lambda grads: seen.append(dict(grads)))
+    with step.chain.draws.of(KEY):
+        pass_(step.chain, step.params, few_tokens(1), torch.tensor(1.0), lambda grads: seen.append(dict(grads)))
     assert {name for grads in seen for name in grads} == set(trainable) and not set(trainable) & set(frozen)
     assert sum(map(bool, seen)) == 5, "embedding, head and three blocks"
     most = max(sum(g.numel() for g in grads.values()) for grads in seen)
@@ -607,8 +609,8 @@ def test_gradients_are_those_of_one_active_segment_at_a_time(recompute):
 
 def peak(step: Step, data: list[dict[str, Tensor]]) -> int:
     for i in range(2):
-        step(data, hypers(i), i)
-    return counted_peak(lambda: step(data, hypers(2), 2))
+        step(data, hypers(step.optimizer, i), i)
+    return counted_peak(lambda: step(data, hypers(step.optimizer, 2), 2))
 
 
 def test_a_step_holds_no_gradient_of_what_is_frozen_and_fewer_activations():
@@ -629,7 +631,7 @@ def test_no_backward_below_the_lowest_segment_that_trains():
     peaks, losses = {}, {}
     for i in range(4):
         step.turn(i)
-        peaks[i] = counted_peak(lambda i=i: losses.update({i: step(text(8), hypers(i), i).loss}))
+        peaks[i] = counted_peak(lambda i=i: losses.update({i: step(text(8), hypers(step.optimizer, i), i).loss}))
         lowest = step.chain.lowest(step.view())
         assert lowest == (step.chain.last if masks.active(i) == (0,) else 0)
     assert peaks[head] < 0.3 * peaks[rest]
@@ -791,7 +793,6 @@ def test_a_run_says_what_its_masks_give_up(tmp_path):
     for flags, says in (
         ("--active 5", "active: got 5 of 4 layers"),
         ("--by tensors", "expected off"),
-        ("--compile step", "use segments"),
         ("--period 3", "expected a whole number and a unit"),
         ("--order joint", "expected 'keep'"),
         ("--by coordinates --over muon", "muon needs a matrix"),
