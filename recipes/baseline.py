@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from engine.command import typed
+from engine.flags import ask
 from optimizers.contract import Group, Optimizer, Params, UsageError
 from optimizers.partition import trainable
 from optimizers.rules.adamw import adamw
@@ -111,9 +111,9 @@ def every_group(config: Baseline) -> list[Group]:
             return groups_for(config, rule, why, config.match)
 
 
-def parse(args: Sequence[str] | None = None) -> Baseline:
-    """The config that a command line asks for."""
-    return tyro.cli(Baseline, args=args, description=__doc__, prog=typed())
+def parse(args: Sequence[str] | None = None, program: str = "") -> Baseline:
+    """The config that a command line of `program` asks for. Raises UsageError."""
+    return ask(lambda prog: tyro.cli(Baseline, args=args, description=__doc__, prog=prog), program)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import tyro
 from rich.console import Console
 
 from engine.checkpoint.lock import claim
-from engine.command import typed
 from engine.curves import loss_curve
 from engine.durable import write_whole
+from engine.flags import ask
 from engine.output import printable
 from optimizers.contract import UsageError
 from optimizers.random import fold
@@ -196,7 +196,7 @@ if __name__ == "__main__":
     printable()
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     try:
-        config = tyro.cli(Compare, prog=typed(), args=sys.argv[1:end], description=__doc__)
+        config = ask(lambda prog: tyro.cli(Compare, prog=prog, args=sys.argv[1:end], description=__doc__))
         compare(config, sys.argv[end + 1 :], Console(soft_wrap=True, markup=False, emoji=False))
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.checkpoint.lock import claim, claim_new
-from engine.command import pasted, program, typed
+from engine.command import pasted, program
 from engine.curves import loss_curve
+from engine.flags import ask
 from engine.metrics import read
 
 from . import baseline, snsm, sumo
@@ -74,4 +75,4 @@ def _demo(config: Demo, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda args: tyro.cli(Demo, args=args, prog=typed(), description=__doc__), demo)
+    main(lambda args: ask(lambda prog: tyro.cli(Demo, args=args, prog=prog, description=__doc__)), demo)

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from engine.command import typed
+from engine.flags import ask
 from models.llama import PRESETS, Llama
 from optimizers.contract import Group, Optimizer, Params, State, UsageError, state_bytes
 from optimizers.partition import partition, trainable
@@ -270,9 +270,9 @@ def run(config: Toy | Pretrain | Memory) -> None:
         train(config)
 
 
-def parse(args: Sequence[str] | None = None) -> Toy | Pretrain | Memory:
-    """The config that a command line asks for."""
-    return tyro.cli(Command, args=args, description=__doc__, prog=typed())
+def parse(args: Sequence[str] | None = None, program: str = "") -> Toy | Pretrain | Memory:
+    """The config that a command line of `program` asks for. Raises UsageError."""
+    return ask(lambda prog: tyro.cli(Command, args=args, description=__doc__, prog=prog), program)
 
 
 if __name__ == "__main__":

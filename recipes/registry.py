@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shlex
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -34,21 +35,38 @@ def config_class(name: str) -> type[TrainConfig]:
 
 
 def parsed(command: Sequence[str], flag: str) -> TrainConfig:
-    """The config of "recipe and its flags", as its command line gives it; `flag` is where the words came from.
+    """The config of "recipe and its flags", as its command line gives it; `flag` is where the words came from: a flag,
+    or where they are a command line of their own, its program.
 
-    Raises UsageError where that is no recipe that trains a model. Wrong flags end the process, as on a command line.
+    Raises UsageError where that is no recipe that trains a model, or its flags cannot be read; --help ends the process.
     """
     recipe, *flags = [*command] or [""]
+    quoted = flag.startswith("-")
+    said = f"{flag}: " if quoted else ""
     if recipe not in {module for module, _ in CONFIGS.values()}:
         known = ", ".join(dict.fromkeys(module for module, _ in CONFIGS.values()))
+        example = "snsm demo --rank 48" if quoted else f"{flag} snsm demo --rank 48"
         raise UsageError(
-            f"{flag}: got {recipe!r}, expected a recipe and its flags, such as 'snsm demo --rank 48'; recipes: {known}"
+            f"{said}got {recipe!r}, expected a recipe and its flags, such as {example!r}; recipes: {known}"
         )
-    config = importlib.import_module(f"recipes.{recipe}").parse(flags)
-    if not isinstance(config, TrainConfig):
-        raise UsageError(f"{flag}: {' '.join(command)!r} trains no model; name a recipe that does")
-    config.check()
+    try:
+        config = importlib.import_module(f"recipes.{recipe}").parse(
+            flags, f"python -m recipes.{recipe}" if quoted else f"{flag} {recipe}"
+        )
+        if not isinstance(config, TrainConfig):
+            raise UsageError(f"{' '.join(command)!r} trains no model; name a recipe that does")
+        config.check()
+    except UsageError as error:
+        raise UsageError(f"{said}{error}") from None
     return config
+
+
+def words(text: str, flag: str) -> list[str]:
+    """A quoted "recipe and its flags" as words. Raises UsageError where a quotation is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{flag}: got {text!r}: {str(error).lower()}") from None
 
 
 def trained_by(saved: Checkpoint | Reader) -> TrainConfig:

@@ -19,7 +19,7 @@ from typing import Literal
 
 import tyro
 
-from engine.command import typed
+from engine.flags import ask
 from models.layers import attach
 from optimizers.contract import Group, Optimizer, Params, Rule
 from optimizers.partition import trainable
@@ -158,9 +158,10 @@ def run(config: Rso | Toy) -> None:
         train(config)
 
 
-def parse(args: Sequence[str] | None = None) -> Rso | Toy:
-    """The config that a command line asks for."""
-    return tyro.extras.overridable_config_cli(PRESETS, args=args, description=__doc__, prog=typed())
+def parse(args: Sequence[str] | None = None, program: str = "") -> Rso | Toy:
+    """The config that a command line of `program` asks for. Raises UsageError."""
+    cli = tyro.extras.overridable_config_cli
+    return ask(lambda prog: cli(PRESETS, args=args, description=__doc__, prog=prog), program)
 
 
 if __name__ == "__main__":

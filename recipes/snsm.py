@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from engine.command import typed
+from engine.flags import ask
 from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import snsm
 from optimizers.rules.adamw import adamw
@@ -120,9 +120,10 @@ PRESETS = {
 }
 
 
-def parse(args: Sequence[str] | None = None) -> Snsm:
-    """The config that a command line asks for."""
-    return tyro.extras.overridable_config_cli(PRESETS, args=args, description=__doc__, prog=typed())
+def parse(args: Sequence[str] | None = None, program: str = "") -> Snsm:
+    """The config that a command line of `program` asks for. Raises UsageError."""
+    cli = tyro.extras.overridable_config_cli
+    return ask(lambda prog: cli(PRESETS, args=args, description=__doc__, prog=prog), program)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from engine.command import typed
+from engine.flags import ask
 from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import sumo
 
@@ -143,9 +143,10 @@ PRESETS = {
 }
 
 
-def parse(args: Sequence[str] | None = None) -> Sumo:
-    """The config that a command line asks for."""
-    return tyro.extras.overridable_config_cli(PRESETS, args=args, description=__doc__, prog=typed())
+def parse(args: Sequence[str] | None = None, program: str = "") -> Sumo:
+    """The config that a command line of `program` asks for. Raises UsageError."""
+    cli = tyro.extras.overridable_config_cli
+    return ask(lambda prog: cli(PRESETS, args=args, description=__doc__, prog=prog), program)
 
 
 if __name__ == "__main__":

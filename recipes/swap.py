@@ -1,7 +1,6 @@
 """From one optimizer to another in the middle of a run: what the first one learned, converted for the second."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from optimizers.convert import Row
 
 from .build import Run, build
 from .config import TrainConfig
-from .registry import parsed, unknown
+from .registry import parsed, unknown, words
 
 
 def source(saved: Reader, run: Run, config: TrainConfig) -> Optimizer:
@@ -58,7 +57,7 @@ def _span(values: Sequence[float]) -> str:
 def continued(config: TrainConfig, path: Path) -> TrainConfig:
     """The run of `--swap-at`, from the checkpoint at `path`, in the same folder. Raises UsageError."""
     assert config.swap_at is not None
-    target = parsed(shlex.split(config.swap_at[1]), "--swap-at")
+    target = parsed(words(config.swap_at[1], "--swap-at"), "--swap-at")
     return converting(target, config, path, path.parent, "convert")
 
 

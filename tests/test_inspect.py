@@ -427,7 +427,7 @@ def test_arguments_that_mean_nothing(run, capsys, tmp_path):
     assert "one of the two" in refused(capsys, 2, run, "--fresh", "snsm demo")
     assert "a recipe and its flags" in refused(capsys, 2, "--fresh", "../x")
     assert "not moved yet" in refused(capsys, 2, "--fresh", "snsm demo", "--compare", run)
-    assert call(capsys, run, "--png", tmp_path / "nowhere" / "x.png")[0] == 1
+    assert call(capsys, run, "--png", tmp_path / "nowhere" / "x.png")[0] == 2
 
 
 def test_checkpoints_that_cannot_be_used(run, capsys, tmp_path):

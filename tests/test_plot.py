@@ -114,4 +114,4 @@ def test_command_draws_runs_and_says_what_is_wrong(tmp_path, capsys):
     assert size(out) == (1280, 736)
     assert main([str(tmp_path / "c"), "--out", str(out)]) == 2
     assert "metrics.jsonl: not found" in capsys.readouterr().err
-    assert main([str(tmp_path / "a/run"), "--out", str(tmp_path / "no/folder.png")]) == 1
+    assert main([str(tmp_path / "a/run"), "--out", str(tmp_path / "no/folder.png")]) == 2

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, WEIGHTS, CheckpointError, latest, load, restore_into
-from engine.command import typed
 from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import KEPT, Tokenizer, load_tokenizer
+from engine.flags import ask
 from engine.output import printable
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
@@ -128,8 +128,8 @@ def text(ids: Sequence[int], new: Iterable[int], decode: Callable[[list[int]], s
 
 def main(argv: Sequence[str] | None = None) -> int:
     printable("replace")
-    args = tyro.cli(Generate, prog=typed(), args=argv, description=__doc__)
     try:
+        args = ask(lambda prog: tyro.cli(Generate, prog=prog, args=argv, description=__doc__))
         device = _device(args.device)
         folder = find(args.run, args.checkpoint)
         if args.eos is not None and args.tokenizer is None:

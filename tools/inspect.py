@@ -24,7 +24,6 @@ heading. Tensors are read one at a time. Exit codes: 0 done, 1 failure, 2 bad ar
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from rich.console import Console
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Reader
-from engine.command import typed
+from engine.flags import ask
 from engine.inspection import Look, compared, look
 from engine.output import printable
 from engine.ownership import Who, described, read_rules
@@ -191,8 +190,8 @@ def write(report: Report, json_: bool, png: Path | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     printable()
-    args = tyro.cli(Inspect, prog=typed(), args=argv, description=__doc__)
     try:
+        args = ask(lambda prog: tyro.cli(Inspect, prog=prog, args=argv, description=__doc__))
         if (args.path is None) != bool(args.fresh):
             raise UsageError("expected the PATH of a run or a checkpoint, or --fresh and a recipe; one of the two")
         if args.png:
@@ -215,9 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fresh(line: str, match: str = "") -> Report:
     """What a recipe with its flags would save before its first step. Raises UsageError."""
     from recipes.build import build, vocabulary_of  # slow to import
-    from recipes.registry import parsed
+    from recipes.registry import parsed, words
 
-    config = parsed(shlex.split(line), "--fresh")
+    config = parsed(words(line, "--fresh"), "--fresh")
     run = build(config, vocabulary_of(config))
     return inspect_fresh(f"recipes.{line}", run.params, run.optimizer, match)
 

@@ -7,6 +7,7 @@
 --fit SIZE         propose recompute, then a smaller micro-batch (more of them: as many tokens a step), then a smaller
                    rank or fewer active layers, until the peak is below SIZE (24GiB, 800MiB, 16GB)
 --json             the same as JSON
+--help             after a recipe's name: its own flags
 --vocabulary N     tokens that the model knows; by default those of --tokenizer, or without one the preset's
 
 Exit codes: 0 it fits, or a proposal does, or nothing was asked; 2 bad arguments; 3 nothing fits.
@@ -23,7 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from engine.command import pasted
+from engine.command import pasted, typed
 from engine.output import printable
 from optimizers.contract import UsageError
 
@@ -47,14 +48,18 @@ class Asked(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code. The recipe's own parser reads its flags, and --help after a recipe's name lists them."""
     printable()
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if arguments else 2
+    usage = f"usage: {typed()} RECIPE [ITS FLAGS] [--fit SIZE] [--json] [--vocabulary N]"
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"{usage}\n\n{__doc__}")
+        return 0
+    if not arguments:
+        print(f"{usage}\nerror: no recipe given; see {typed()} --help", file=sys.stderr)
+        return 2
     from recipes.registry import parsed  # slow to import
 
     try:
         asked, command = own_flags(arguments)
-        return answer(parsed(command, "tools.plan"), asked)
+        return answer(parsed(command, typed()), asked)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,7 +74,7 @@ def own_flags(arguments: Sequence[str]) -> tuple[Asked, list[str]]:
         if flag == "--json" and not value:
             as_json = True
         elif flag in ("--fit", "--vocabulary"):
-            value = value or next(words, "")
+            value = value if "=" in word else next(words, "")
             try:
                 if flag == "--fit":
                     fit = size(value)
@@ -84,16 +89,17 @@ def own_flags(arguments: Sequence[str]) -> tuple[Asked, list[str]]:
 
 def size(text: str) -> int:
     """Bytes of "24GiB", "800 MB". Raises ValueError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]) > 0:
-        raise ValueError(f"got {text!r}, expected a size above 0 with its unit, such as 24GiB or 800MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(B|[KMG]i?B)", text.strip(), re.IGNORECASE)
+    found = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if not found:
+        raise ValueError(f"got {text[:40]!r}, expected a size above 0 with its unit, such as 24GiB or 800MB")
+    return found
 
 
 def positive(text: str) -> int:
     """A whole number above 0. Raises ValueError for anything else."""
-    if not text.isdecimal() or not int(text):
-        raise ValueError(f"got {text!r}, expected a whole number above 0")
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text):
+        raise ValueError(f"got {text[:40]!r}, expected a whole number above 0, below 1,000,000,000")
     return int(text)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from engine.command import typed
 from engine.curves import Curve, loss_curve
+from engine.flags import ask
 from engine.output import printable
 from engine.paths import code, writable
 from optimizers.contract import UsageError
@@ -85,7 +85,7 @@ def plot(options: Plot) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     printable()
     try:
-        print(plot(tyro.cli(Plot, prog=typed(), args=argv, description=__doc__)))
+        print(plot(ask(lambda prog: tyro.cli(Plot, prog=prog, args=argv, description=__doc__))))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

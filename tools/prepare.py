@@ -11,10 +11,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from engine.command import typed
 from engine.data import read_index
 from engine.data.losses import several
 from engine.data.prepare import Request, prepare
+from engine.flags import ask
 from engine.output import printable
 from engine.progress import Bar
 from optimizers.contract import UsageError
@@ -32,9 +32,9 @@ class Prepare:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     printable()
-    config = tyro.cli(Prepare, prog=typed(), args=arguments, description=__doc__)
     bar = Bar(Console(markup=False, emoji=False))
     try:
+        config = ask(lambda prog: tyro.cli(Prepare, prog=prog, args=arguments, description=__doc__))
         config.out.mkdir(parents=True, exist_ok=True)
         with bar.progress:
             out = prepare(config.out, config.request, bar)

@@ -11,7 +11,6 @@ Exit codes: 0 done, 1 failure, 2 bad arguments, 5 a checkpoint that cannot be us
 """
 
 import os
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import tyro
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
-from engine.command import typed
+from engine.flags import ask
 from optimizers.contract import UsageError
 
 
@@ -35,7 +34,7 @@ class Swap:
 
 def swap(config: Swap) -> None:
     """Convert, save and stop. Raises UsageError, CheckpointError."""
-    from recipes.registry import parsed, trained_by  # slow to import
+    from recipes.registry import parsed, trained_by, words  # slow to import
     from recipes.swap import converting
     from recipes.train import train
 
@@ -47,7 +46,7 @@ def swap(config: Swap) -> None:
     assert path is not None
     if checkpoint.latest(config.out).path:
         raise UsageError(f"{config.out} holds a run already; give another folder")
-    target = parsed(shlex.split(config.to), "--to")
+    target = parsed(words(config.to, "--to"), "--to")
     was = replace(trained_by(checkpoint.read(path)), compile="off")
     train(converting(target, was, path, config.out, "only"))
 
@@ -55,4 +54,4 @@ def swap(config: Swap) -> None:
 if __name__ == "__main__":
     from recipes.cli import main
 
-    main(lambda args: tyro.cli(Swap, args=args, description=__doc__, prog=typed()), swap)
+    main(lambda args: ask(lambda prog: tyro.cli(Swap, args=args, description=__doc__, prog=prog)), swap)

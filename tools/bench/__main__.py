@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from engine.command import typed
+from engine.flags import ask
 from engine.output import printable
 from engine.paths import writable
 from optimizers.contract import UsageError
@@ -71,4 +71,9 @@ def measure(config: AnyBench) -> None:
 
 if __name__ == "__main__":
     printable()
-    raise SystemExit(main(tyro.cli(Bench, prog=typed(), description=__doc__)))
+    try:
+        asked_for = ask(lambda prog: tyro.cli(Bench, prog=prog, description=__doc__))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(main(asked_for))
