@@ -102,7 +102,7 @@ def omgd(
             still = owner[bare(key)].rule.names(Kind.WEIGHT)
             kept = {slot: torch.zeros_like(t) if slot in still else t for slot, t in slots.items()}
             if state_policy == "offload":
-                kept = {slot: t.cpu().pin_memory() if t.is_cuda else t.cpu() for slot, t in kept.items()}
+                kept = {slot: _hosted(t) for slot, t in kept.items()}
             parked[PARKED + key] = kept
         return parked
 
@@ -193,6 +193,13 @@ class Gathered:
 
     masks: int
     over: Any
+
+
+def _hosted(t: Tensor) -> Tensor:
+    """The tensor on the host, pinned where it comes from a CUDA device; one without memory as it is."""
+    if t.is_meta:
+        return t
+    return t.cpu().pin_memory() if t.is_cuda else t.cpu()
 
 
 def scaled(rule: Rule, mode: Literal["grad", "update"], own: str = "scale") -> Rule:
