@@ -76,9 +76,9 @@ def restore(
             "with what it was trained with, or give what is frozen no more a fresh state with --swap"
         )
     weights = {**step.params, **step.buffers}
-    _check_state(saved, source or step.optimizer, step.params)
+    _check_model(saved, task.model_config())  # the causes first: what follows from them is harder to read
     _check_weights(saved, weights)
-    _check_model(saved, task.model_config())
+    _check_state(saved, source or step.optimizer, step.params)
     for name, p in weights.items():
         if name in saved.params.names:
             p.detach().copy_(saved.trained(name))
@@ -179,9 +179,12 @@ def _check_weights(saved: Reader, params: Params) -> None:
         file = saved.weights if saved.weights and name in saved.weights.names else saved.params
         (shape, dtype), expected = file.form(name), (tuple(p.shape), p.dtype)
         if (shape, dtype) != expected:
+            like = (
+                "build the model like it" if shape != expected[0] else "resume with the --precision it was trained in"
+            )
             raise CheckpointError(
                 f"{saved.path}: {name}: the checkpoint has {shape} {dtype}, expected {expected[0]} {expected[1]}; "
-                "build the model like it"
+                f"{like}"
             )
         first = next(n for n in mine if mine[n] == mine[name] and n in theirs)
         if theirs[name] != theirs[first] and not saved.params.read(name).equal(saved.params.read(first)):

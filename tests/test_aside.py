@@ -143,3 +143,14 @@ def test_fewer_steps_than_are_done_is_refused_before_anything_is_touched(folder)
 def test_a_step_that_is_not_there_is_said_with_those_that_are(folder):
     done = here(folder, f"{RUN} --resume run/step-00000099")
     assert done.code == 2 and "run/step-00000099 is not there; run has step-00000005, step-00000010" in done.err, done
+
+
+@pytest.mark.run
+def test_what_differs_is_named_by_its_flag(folder):
+    """Not by what follows from it, such as the shape of some optimizer's state."""
+    for flags, said in (
+        ("--size.hidden-size 32", "another model: hidden_size is 16, expected 32"),
+        ("--precision bf16", "resume with the --precision it was trained in"),
+    ):
+        done = here(folder, f"{RUN} --resume run/step-00000010 --out other {flags}")
+        assert done.code == 5 and said in done.err, done

@@ -122,6 +122,25 @@ def test_a_stream_that_is_cut_short(tmp_path: Path, packer: str, name: str, keep
         list(documents(path))
 
 
+@pytest.mark.parametrize("packer", [".gz", ".xz", ".bz2", ".zst"])
+def test_a_later_stream_that_is_damaged_at_its_beginning(tmp_path: Path, packer: str) -> None:
+    """Files of parallel compressors are many streams: none may be taken for what follows the last one."""
+    one, two = (PACKERS[packer](f"{os.urandom(200).hex()}\n".encode() * 99) for _ in range(2))
+    path = tmp_path / f"a.txt{packer}"
+    path.write_bytes(one + two + one)
+    assert len("".join(documents(path)).splitlines()) == 297
+    for tail in (b"\x01" + two[1:], two[:3], b"something else", two + b"x"):
+        path.write_bytes(one + tail)
+        with pytest.raises(UsageError, match=r"a\.txt\.\w+: .*(damaged|cut short)"):
+            list(documents(path))
+
+
+def test_padding_between_streams_is_none_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"one ") + bytes(8) + lzma.compress(b"two" * 100_000) + bytes(4))
+    assert list(documents(path)) == ["one " + "two" * 100_000]
+
+
 @pytest.mark.parametrize("name", ["parquet", "arrow file", "arrow stream"])
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"ARROW1", b"\xff" * 100, None])
 def test_columns_that_are_damaged(tmp_path: Path, name: str, content: bytes | None) -> None:

@@ -15,7 +15,7 @@ from optimizers.contract import UsageError
 SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
 DAMAGE = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # what reading a damaged stream raises
 
-_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_STREAMS: dict[str, Callable[[], Any]] = {".xz": lzma.LZMADecompressor, ".bz2": bz2.BZ2Decompressor}
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -23,7 +23,9 @@ def open_bytes(path: Path) -> BinaryIO:
     suffix = path.suffix.lower()
     if suffix == ".zst":
         return cast(BinaryIO, io.BufferedReader(_Zstandard(path), 1 << 17))
-    return cast(BinaryIO, _OPEN.get(suffix, open)(path, "rb"))
+    if suffix in _STREAMS:
+        return cast(BinaryIO, io.BufferedReader(_Streams(path, _STREAMS[suffix]), 1 << 17))
+    return cast(BinaryIO, gzip.open(path, "rb") if suffix == ".gz" else path.open("rb"))
 
 
 def zstandard(path: Path) -> Any:
@@ -36,6 +38,45 @@ def zstandard(path: Path) -> Any:
     raise UsageError(
         f"{path}: .zst needs Python 3.14 or the package zstandard, which is missing: pip install 'leanstep[data]'"
     )
+
+
+class _Streams(io.RawIOBase):
+    """The .xz or .bz2 streams of a file, one after the other, as parallel compressors write them. The library's own
+    readers take a later stream that is damaged at its beginning for the end of the file."""
+
+    def __init__(self, path: Path, begin: Callable[[], Any]) -> None:
+        self._file, self._begin = path.open("rb"), begin
+        self._stream: Any = begin()
+        self._fresh = True  # nothing of this stream has been read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while True:
+            if self._stream.eof:
+                data = self._stream.unused_data.lstrip(b"\0")  # padding between streams
+                self._stream, self._fresh = self._begin(), True
+            if not data and self._stream.needs_input and not (data := self._file.read(1 << 17)):
+                if self._fresh and self._file.tell():
+                    return 0
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            if self._fresh and not (data := data.lstrip(b"\0")):
+                continue
+            self._fresh = False
+            try:
+                found = self._stream.decompress(data, len(buffer))
+            except OSError as error:  # what the library raises for damage, as if the disk had failed
+                raise EOFError(str(error)) from None
+            data = b""
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _Zstandard(io.RawIOBase):
