@@ -1,7 +1,7 @@
 """Where a resumed run reads on: which rows its position means is decided by settings, and they may have changed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,14 @@ def read_on(
         f"{said}. Resume with the settings that it was trained with, or give --reorder to begin a new pass over the "
         "data in the new order"
     )
+
+
+def read_ahead(batch: Callable[[int], int], done: int) -> list[int]:
+    """The batches from `done` on that the first `done` steps have trained on, where an optimizer's `batch` takes a
+    cycle in an order of its own: as many before `done` are left, and only the same `batch` knows which."""
+    if all(batch(step) == step for step in range(max(done - 64, 0), done + 64)):
+        return []
+    return sorted(taken for step in range(done) if (taken := batch(step)) >= done)
 
 
 def _realigned(task: Task, position: int, align: int) -> tuple[int, int]:

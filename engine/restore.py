@@ -15,7 +15,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError, Reader
 from .checkpoint.tensorfile import ties
 from .config import RunConfig
-from .position import read_on, saved_order
+from .position import read_ahead, read_on, saved_order
 from .step import Step
 from .task import Task
 
@@ -65,6 +65,7 @@ def restore(
     progress = _progress(saved, task.unit)
     was = progress.config
     start = read_on(saved.path, task, progress.order, progress.position, config.reorder, source is not None)
+    ahead = _read_ahead(saved, was, config, step.optimizer, source)
     if progress.order == saved_order(task) and progress.units != task.units(progress.position) - progress.offset:
         raise CheckpointError(
             f"{saved.path / checkpoint.TRAINER}: edited, position {progress.position} is not {progress.units} "
@@ -100,7 +101,27 @@ def restore(
     changed = [f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in UNSAID]
     swapped = saved.step if source is not None else progress.swapped
     offset = task.units(start.position) - progress.units
-    return Restored(saved.step, start.position, offset, start.said, progress.rates, swapped, converted, changed)
+    reads_on = "; ".join(filter(None, (start.said, ahead)))
+    return Restored(saved.step, start.position, offset, reads_on, progress.rates, swapped, converted, changed)
+
+
+def _read_ahead(
+    saved: Reader, was: Mapping[str, Any], config: RunConfig, optimizer: Optimizer, source: Optimizer | None
+) -> str:
+    """What has to be said where an optimizer orders the batches of a cycle and the run stands inside of one. Raises
+    CheckpointError where rows would be read twice, and nothing allows it."""
+    before, now = (read_ahead(of.batch, saved.step) for of in (source or optimizer, optimizer))
+    sizes = [was.get("micro_batch", 0) * was.get("accumulation", 0), config.micro_batch * config.accumulation]
+    if before == now and (not now or sizes[0] == sizes[1]):
+        return ""
+    rows = max(len(before), len(now)) * max(sizes)
+    said = f"up to {rows} rows of the cycle in hand, whose batches come in a joint order, are read twice"
+    if source is not None or config.reorder:
+        return f"{said}, and as many not at all"
+    raise CheckpointError(
+        f"{saved.path}: {said} if a step takes {sizes[1]} rows, was {sizes[0]}. Resume with the --micro-batch and "
+        "--accumulation that it was trained with, or give --reorder to go on all the same"
+    )
 
 
 class Held(Mapping[str, Slots]):

@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.checkpoint import CheckpointError
 from engine.data import Tokens
-from engine.position import read_on, saved_order
+from engine.position import read_ahead, read_on, saved_order
 from engine.tasks.language import LanguageTask
 
 VALUES: dict[str, Any] = {
@@ -173,3 +173,28 @@ def test_a_batch_that_is_only_a_count_of_rows_may_change_and_is_said(stopped, tm
     assert "changed: " in done.out and ("micro_batch 2 -> " in done.out or "accumulation 1 -> " in done.out)
     after = newest(tmp_path / "out").trainer
     assert after["position"] == 4 * 2 + 2 * size and after["tokens"] == after["position"] * 16
+
+
+def test_what_is_read_ahead_of_a_joint_order():
+    assert read_ahead(lambda step: step, 1000) == []
+    cycle = [3, 0, 2, 1]
+    batch = lambda step: step // 4 * 4 + cycle[step % 4]  # noqa: E731
+    assert [read_ahead(batch, done) for done in range(4, 9)] == [[], [7], [7], [7], []]
+
+
+@pytest.mark.run
+def test_a_joint_order_goes_on_with_its_own_batches_only(tmp_path):
+    """Inside a cycle the batches that are left lie on both sides of the position: no other size of batch has them."""
+    folder = corpus(tmp_path / "joint")
+    joint = f"omgd pretrain {TINY} --active 1 --period 8step --order joint --state-policy keep"
+    assert here(folder, f"{joint} --steps 6 --out run").code == 0
+    for flags in ("--micro-batch 4", "--accumulation 2", "--micro-batch 1"):
+        done = here(folder, f"{joint} --steps 8 --resume run --out out {flags}")
+        said = refused(done._replace(err=done.err[done.err.rindex("error: ") :]), 5)
+        assert "rows of the cycle in hand" in said and "--reorder" in said and "was 2" in said, said
+    assert not (folder / "out").exists()
+    same = here(folder, f"{joint} --steps 8 --resume run --out same --micro-batch 1 --accumulation 2")
+    assert same.code == 0 and "are read twice" not in same.out, same
+    for flags in (f"{joint} --micro-batch 4 --reorder", f"baseline {TINY} --swap convert"):
+        done = here(folder, f"{flags} --steps 8 --resume run --out {tmp_path / 'out'} ")
+        assert done.code == 0 and "rows of the cycle in hand" in done.out, done
