@@ -1,6 +1,7 @@
 """Where numbers go: `metrics.jsonl`, TensorBoard events and a progress bar (plain lines when nobody watches)."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -86,6 +87,21 @@ class Metrics:
     def say(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def series(out: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric. Of a step that was done again, what was written last counts; null is nan."""
+    steps: list[int] = []
+    values: list[float] = []
+    for record in read(out):
+        if name not in record:
+            continue
+        while steps and steps[-1] >= record["step"]:
+            steps.pop(), values.pop()
+        value = record[name]
+        steps.append(int(record["step"]))
+        values.append(float(value) if isinstance(value, int | float) else math.nan)
+    return steps, values
 
 
 def read(out: Path) -> list[dict[str, float]]:

@@ -22,20 +22,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from engine.checkpoint.lock import claim
 from engine.curves import loss_curve
 from engine.durable import write_whole
 from engine.flags import ask
+from engine.metrics import read, series
 from engine.output import printable
 from optimizers.contract import UsageError
 from optimizers.random import fold
 
 CELLS = "cells.json"
+LOSS = "eval/loss"
 Cell = dict[str, Any]
 
 
@@ -49,8 +53,21 @@ class Compare:
     """The first tunes the learning rate; the best rate runs with all of them."""
     reference: str = ""
     """The method whose final loss the others' steps are counted to; by default the first."""
-    title: str = "held-out loss"
-    """Of the picture."""
+    metric: str = LOSS
+    """What is compared: any metric that the runs' evaluations write into their metrics.jsonl, such as eval/accuracy."""
+    best: Literal["lowest", "highest"] = "lowest"
+    """Which values of the metric are good ones."""
+    title: str = ""
+    """Of the picture; by default the metric."""
+
+    @property
+    def label(self) -> str:
+        return "held-out loss" if self.metric == LOSS else self.metric
+
+    @property
+    def sign(self) -> int:
+        """Times this, less is better."""
+        return 1 if self.best == "lowest" else -1
 
 
 class Method(NamedTuple):
@@ -89,14 +106,37 @@ def run(config: Compare, common: list[str], method: Method, lr: float, seed: int
     cell: Cell = {"method": method.name, "lr": lr, "seed": seed, "loss": math.inf, "curve": []}
     if code == 0:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        cell |= {"loss": result["eval/loss"], "curve": result["curve"]}
+        cell |= {"loss": result[LOSS], "curve": curve(folder, LOSS)}
+        names = {name: None for record in read(folder) for name in record if name.startswith("eval/")}
+        cell["curves"] = {name: curve(folder, name) for name in names if name != LOSS}
         cell |= {k: result[k] for k in ("steps", "tokens", "state_bytes", "seconds_per_step")}
     elif code != 4:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise UsageError(f"{key}: exit code {code}: {lines[-1] if lines else 'no output'}; see {folder / 'log.txt'}")
-    console.print(f"    held-out loss {cell['loss']:.4f}", highlight=False)
+    console.print(f"    {config.label} {last(cell, config):.4f}", highlight=False)
     save(config.out, {**load(config.out), key: cell})  # others may have been run beside it
     return cell
+
+
+def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric of one run."""
+    return list(zip(*series(folder, metric), strict=True))
+
+
+def points(cell: Cell, metric: str) -> list[Sequence[float]]:
+    """(step, value) of a finished cell; none of a run that diverged. Raises UsageError where the run has none."""
+    known = {LOSS: cell["curve"], **cell.get("curves", {})}
+    if math.isfinite(cell["loss"]) and not known.get(metric):
+        raise UsageError(f"--metric {metric!r}: the runs of {cell['method']} have {', '.join(known)}")
+    return known.get(metric, [])
+
+
+def last(cell: Cell, config: Compare) -> float:
+    """The metric at the end of a run; the worst there is where it diverged, or the metric is not a number."""
+    if not math.isfinite(cell["loss"]):
+        return math.inf * config.sign
+    value = cell["loss"] if config.metric == LOSS else points(cell, config.metric)[-1][1]
+    return math.inf * config.sign if math.isnan(value) else value
 
 
 def load(out: Path) -> dict[str, Cell]:
@@ -128,33 +168,55 @@ class Row(NamedTuple):
     edge: bool  # the best rate is the lowest or the highest of those tried
     cells: list[Cell]
 
-    @property
-    def losses(self) -> list[float]:
-        return [cell["loss"] for cell in self.cells]
 
-
-def table(rows: Sequence[Row], reference: str, tried: dict[str, list[tuple[float, float]]]) -> str:
-    """The comparison as Markdown."""
-    target = statistics.mean(next(row for row in rows if row.name == reference).losses)
-    lines = [
-        f"| method | best lr | held-out loss, mean ± sd | steps to {reference}'s final loss | state MB | s/step |",
-        "|---|---|---|---|---|---|",
+def columns(config: Compare, rows: Sequence[Row], reference: str) -> list[list[str]]:
+    """The comparison: the headings, then a row per method."""
+    ends = {row.name: [last(cell, config) for cell in row.cells] for row in rows}
+    target, sign = statistics.mean(ends[reference]), config.sign
+    final = "final loss" if config.metric == LOSS else f"final {config.metric}"
+    found = [
+        ["method", "best lr", f"{config.label}, mean ± sd", f"steps to {reference}'s {final}", "state MB", "s/step"]
     ]
     for row in rows:
-        spread = f" ± {statistics.stdev(row.losses):.4f}" if len(row.losses) > 1 else ""
-        reached = [steps_to(cell["curve"], target) for cell in row.cells]
+        values = ends[row.name]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 and all(map(math.isfinite, values)) else ""
+        signed = [[(step, sign * value) for step, value in points(cell, config.metric)] for cell in row.cells]
+        reached = [steps_to(one, sign * target) for one in signed]
         total = row.cells[0].get("steps", 0)
         steps = [s for s in reached if s is not None]
         count = f"{statistics.mean(steps):.0f} ({statistics.mean(steps) / total:.2f})" if steps else "not reached"
         partial = f", {len(steps)} of {len(reached)} seeds" if steps and len(steps) < len(reached) else ""
-        cost = [f"{row.cells[0].get('state_bytes', 0) / 1e6:.1f}", f"{row.cells[0].get('seconds_per_step', 0):.2f}"]
+        seconds = row.cells[0].get("seconds_per_step")  # none where a run was too short to tell
+        cost = [f"{row.cells[0].get('state_bytes', 0) / 1e6:.1f}", "-" if seconds is None else f"{seconds:.2f}"]
         lr = f"{row.lr:g}" + (" (edge)" if row.edge else "")
-        mean = f"{statistics.mean(row.losses):.4f}{spread} (n={len(row.losses)})"
-        lines.append(f"| {row.name} | {lr} | {mean} | {count}{partial} | {cost[0]} | {cost[1]} |")
-    lines += ["", "Learning rates tried with the first seed:", ""]
+        mean = f"{statistics.mean(values):.4f}{spread} (n={len(values)})"
+        found.append([row.name, lr, mean, count + partial, *cost])
+    return found
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """Headings and rows as a Markdown table."""
+    head, *rows = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([head, "|" + "---|" * len(cells[0]), *rows]) + "\n"
+
+
+def rates(tried: dict[str, list[tuple[float, float]]]) -> str:
+    """What every learning rate of the first seed came to."""
+    lines = ["Learning rates tried with the first seed:", ""]
     for name, pairs in tried.items():
-        lines.append(f"- {name}: " + ", ".join(f"{lr:g} → {loss:.4f}" for lr, loss in pairs))
+        lines.append(f"- {name}: " + ", ".join(f"{lr:g} → {value:.4f}" for lr, value in pairs))
     return "\n".join(lines) + "\n"
+
+
+def narrow(cells: Sequence[Sequence[str]]) -> Table:
+    """Headings and rows for a terminal: headings and names give way, figures do not."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    words = [max(len(word) for row in cells[1:] for word in row[i].split(" ")) for i in range(len(cells[0]))]
+    for i, heading in enumerate(cells[0]):
+        made.add_column(heading, justify="right" if i else "left", overflow="fold", min_width=words[i] if i else 6)
+    for row in cells[1:]:
+        made.add_row(*row)
+    return made
 
 
 def compare(config: Compare, common: list[str], console: Console) -> None:
@@ -163,6 +225,10 @@ def compare(config: Compare, common: list[str], console: Console) -> None:
     reference = config.reference or methods[0].name
     if reference not in [m.name for m in methods]:
         raise UsageError(f"--reference {reference!r} is none of {[m.name for m in methods]}")
+    from .registry import parsed  # slow to import
+
+    for method in methods:  # before the first of them trains
+        parsed([*method.command, *common, "--lr", "1", "--seed", "0"], "--methods")
     with claim(config.out, console.print, "OUT"):
         _compare(config, common, methods, reference, console)
 
@@ -172,24 +238,30 @@ def _compare(config: Compare, common: list[str], methods: list[Method], referenc
     rows, tried = [], {}
     for method in methods:
         tuning = [
-            (lr, run(config, common, method, lr, config.seeds[0], console)["loss"]) for lr in sorted(method.rates)
+            (lr, last(run(config, common, method, lr, config.seeds[0], console), config)) for lr in sorted(method.rates)
         ]
         tried[method.name] = tuning
-        best = min(tuning, key=lambda pair: pair[1])[0]
+        best = min(tuning, key=lambda pair: config.sign * pair[1])[0]
         cells = [run(config, common, method, best, seed, console) for seed in config.seeds]
         rows.append(Row(method.name, best, len(tuning) > 1 and best in (tuning[0][0], tuning[-1][0]), cells))
-    text = table(rows, reference, tried)
+    cells_of, text_of = columns(config, rows, reference), rates(tried)
+    text = f"{markdown(cells_of)}\n{text_of}"
     (config.out / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
-    curves = {row.name: average(row.cells) for row in rows if row.cells[0]["curve"]}
-    loss_curve(config.out / "curves.png", {}, config.title, "nats per token", held_out=curves)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    curves = {row.name: average(drawn) for row in rows if all(drawn := [points(c, config.metric) for c in row.cells])}
+    unit = "nats per token" if config.metric == LOSS else config.metric
+    loss_curve(config.out / "curves.png", {}, config.title or config.label, unit, held_out=curves)
+    if console.is_terminal:
+        console.print(narrow(cells_of), soft_wrap=False)
+        console.print(text_of, highlight=False)
+    else:
+        console.print(text, highlight=False)
     console.print(f"{config.out / 'table.md'}  {config.out / 'curves.png'}  {config.out / CELLS}", highlight=False)
 
 
-def average(cells: Sequence[Cell]) -> tuple[list[int], list[float]]:
+def average(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[int], list[float]]:
     """The mean curve over seeds."""
-    steps = [int(step) for step, _ in cells[0]["curve"]]
-    return steps, [statistics.mean(losses) for losses in zip(*([y for _, y in c["curve"]] for c in cells), strict=True)]
+    steps = [int(step) for step, _ in curves[0]]
+    return steps, [statistics.mean(values) for values in zip(*([y for _, y in one] for one in curves), strict=True)]
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_what_tools_write(made, kind, monkeypatch):
         raise AssertionError("the work was done before the path was looked at")
 
     monkeypatch.setattr(inspect, "inspect", work)
-    monkeypatch.setattr(plot, "read_metrics", work)
+    monkeypatch.setattr(plot, "series", work)
     monkeypatch.setattr(bench, "main", work)
     said(tool(made, inspect.main, f"run --png {name}"), name, (2,))
     said(tool(made, plot.main, f"run --out {name}"), name, (2,))

@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 failure, 2 bad arguments.
 """
 
-import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,39 +10,12 @@ from pathlib import Path
 
 import tyro
 
-from engine.curves import Curve, loss_curve
+from engine.curves import loss_curve
 from engine.flags import ask
+from engine.metrics import FILE, series
 from engine.output import printable
 from engine.paths import code, writable
 from optimizers.contract import UsageError
-
-
-def read_metrics(run: Path, key: str) -> Curve:
-    """The values of `key` in `run`/metrics.jsonl. A resumed run writes some steps again: what it wrote last counts.
-
-    Raises UsageError where the file is missing or a line before the last (which a kill may cut) is not JSON.
-    """
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        raise UsageError(f"{file}: not found; give folders of runs, each with its metrics.jsonl")
-    steps: list[int] = []
-    values: list[float] = []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step, value = int(record["step"]), record.get(key)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number == len(lines):
-                break
-            raise UsageError(f"{file}:{number}: expected an object with a 'step', got {line[:60]!r}") from None
-        if key not in record:
-            continue
-        while steps and steps[-1] >= step:
-            steps.pop(), values.pop()
-        steps.append(step)
-        values.append(math.nan if value is None else float(value))
-    return steps, values
 
 
 @dataclass(frozen=True)
@@ -72,10 +43,13 @@ def plot(options: Plot) -> Path:
     if not options.runs:
         raise UsageError("no run given; name at least one folder that holds a metrics.jsonl")
     writable(options.out, "--out")
+    for run in options.runs:
+        if not (run / FILE).is_file():
+            raise UsageError(f"{run / FILE}: not found; give folders of runs, each with its {FILE}")
     unique = len({run.resolve().name for run in options.runs}) == len(options.runs)
     names = {run.resolve().name if unique else str(run): run for run in options.runs}
     train, held_out = (
-        {name: curve for name, run in names.items() if key and (curve := read_metrics(run, key))[0]}
+        {name: curve for name, run in names.items() if key and (curve := series(run, key))[0]}
         for key in (options.train, options.held_out)
     )
     title = options.title or ", ".join(names)
