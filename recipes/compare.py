@@ -142,7 +142,10 @@ def last(cell: Cell, config: Compare) -> float:
 def load(out: Path) -> dict[str, Cell]:
     """Finished cells by the command that makes them; a loss of null is a run that diverged."""
     path = out / CELLS
-    cells: dict[str, Cell] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        cells: dict[str, Cell] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: damaged ({error}); repair it, or move it away to run every cell again") from None
     return {k: c | {"loss": math.inf if c["loss"] is None else c["loss"]} for k, c in cells.items()}
 
 

@@ -12,7 +12,7 @@ from helpers.runs import refused, tool
 from rich.console import Console
 
 from optimizers.contract import UsageError
-from recipes.compare import Compare, Row, columns, last, markdown, narrow, parse, points, rates, steps_to
+from recipes.compare import Compare, Row, columns, last, load, markdown, narrow, parse, points, rates, steps_to
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -165,3 +165,9 @@ def test_the_table_can_be_read_in_a_narrow_terminal(width: int) -> None:
     for row in texts[1:]:
         for figure in " ".join(row[1:]).split():
             assert figure in said, figure
+
+
+def test_a_damaged_list_of_cells_is_one_line(tmp_path):
+    (tmp_path / "cells.json").write_text("{")
+    with pytest.raises(UsageError, match="cells.json: damaged .*; repair it, or move it away"):
+        load(tmp_path)
