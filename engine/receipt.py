@@ -1,28 +1,22 @@
 """The table printed before step 1: who owns what, why, and what it costs. Nothing is trained that is not in it."""
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group as RenderGroup
-from rich.table import Table
 
 from optimizers.contract import Kind, Optimizer, Params, State, part, total_bytes
+
+from .tables import Fitting
 
 
 def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
     """A row per group: rule, patterns and why, tensors, shapes, rank, elements, state, peak learning rate, decay."""
-    table = Table(title="who trains what", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("rule", no_wrap=True)
-    table.add_column("parameters", overflow="fold")  # the one column that gives way on a narrow terminal
-    for column in ("tensors", "shapes", "rank", "elements", "MiB", "lr", "decay"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows: list[tuple[str, str, list[str]]] = []
     groups = {group.name: group for group in optimizer.owner.values()}
     owned = {name: [n for n, g in optimizer.owner.items() if g.name == name] for name in groups}
     for name, own in sorted(owned.items(), key=lambda item: -sum(params[n].numel() for n in item[1])):
         group = groups[name]
         bases = [(n, slot) for n in own if n in state for slot in optimizer.owner[n].rule.names(Kind.BASIS)]
         ranks = {state[n][slot].shape[-1] for n, slot in bases if state[n][slot].ndim > 1}
-        table.add_row(
-            group.rule.name,
-            "\n".join(filter(None, [" ".join(group.match) or "all the rest", group.why])),
+        figures = [
             str(len(own)),
             str(len({params[n].shape for n in own})),
             " ".join(map(str, sorted(ranks))) or "-",
@@ -30,11 +24,13 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
             f"{total_bytes(part(state, own)) / 2**20:.1f}",
             f"{group.lr:g}",
             f"{group.weight_decay:g}",
-        )
+        ]
+        words = filter(None, [" ".join(filter(None, group.match)) or "all the rest", group.why])
+        rows.append((group.rule.name, "\n".join(words), figures))
     if still := [name for name in params if name not in optimizer.owner]:
         shapes, elements = len({params[n].shape for n in still}), sum(params[n].numel() for n in still)
         names = "\n".join(still[:4]) + (f"\nand {len(still) - 4} more" if len(still) > 4 else "")
-        table.add_row("frozen", names, str(len(still)), str(shapes), "-", f"{elements:,}", "0.0", "-", "-")
+        rows.append(("frozen", names, [str(len(still)), str(shapes), "-", f"{elements:,}", "0.0", "-", "-"]))
     total = total_bytes(state)
     weights = sum(p.numel() * p.element_size() for p in params.values())
     elements = sum(p.numel() for p in params.values())
@@ -42,4 +38,5 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
         f"{elements:,} parameters, {weights / 2**20:.1f} MiB of weights, {total / 2**20:.1f} MiB of optimizer state "
         f"(AdamW in float32: {elements * 8 / 2**20:.1f} MiB)"
     )
-    return RenderGroup(table, sums)
+    figures = ["tensors", "shapes", "rank", "elements", "MiB", "lr", "decay"]
+    return RenderGroup(Fitting("who trains what", "rule", "parameters", figures, rows), sums)

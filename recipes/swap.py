@@ -6,10 +6,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from engine.checkpoint import Reader
+from engine.tables import Fitting
 from engine.tasks.config import LanguageConfig
 from optimizers.contract import Optimizer, UsageError
 from optimizers.convert import Row
@@ -27,18 +25,15 @@ def source(saved: Reader, run: Run, config: TrainConfig) -> Optimizer:
         raise unknown(saved.path, error) from None
 
 
-def report(rows: Sequence[Row]) -> Table:
+def report(rows: Sequence[Row]) -> Fitting:
     """What became of the state, a row per kind of fate; shares and ratios are [least, most] over its tensors."""
-    table = Table(title="optimizer state converted", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("from -> to", no_wrap=True)
-    table.add_column("what became of it")
-    for column in ("tensors", "first moment kept", "second moment kept", "update RMS, new/old"):
-        table.add_column(column, justify="right", no_wrap=True)
+    figures = ["tensors", "first moment kept", "second moment kept", "update RMS, new/old"]
+    found: list[tuple[str, str, list[str]]] = []
     for kind in dict.fromkeys((row.source, row.target, row.did) for row in rows):
         own = [row for row in rows if (row.source, row.target, row.did) == kind]
         spans = (_span([getattr(row, field) for row in own]) for field in ("first_kept", "second_kept", "jump"))
-        table.add_row(f"{kind[0]} -> {kind[1]}", kind[2], str(len(own)), *spans)
-    return table
+        found.append((f"{kind[0]} -> {kind[1]}", kind[2], [str(len(own)), *spans]))
+    return Fitting("optimizer state converted", "from -> to", "what became of it", figures, found)
 
 
 def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -188,9 +188,8 @@ def show(plan: "Plan", device: str, console: Console, title: str) -> None:
     """A row a kind of tensor, then the total and the moments that come near it."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     table.add_column("part")
-    table.add_column("bytes", justify="right")
-    table.add_column("GiB", justify="right")
-    table.add_column("share", justify="right")
+    for heading in ("bytes", "GiB", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
     small = 0
     for kind, n in plan.kinds.items():
         if n < plan.bytes / 1000:
