@@ -89,6 +89,7 @@ class Trainer:
             began = self.done
             while self.done < end:
                 counting = config.check_memory and began < self.done == end - 1  # not in the step that compiles
+                before = time.monotonic()
                 self.numbers.add(self.done, self._counted_step() if counting else self._one_step())
                 self.done += 1
                 self.position += config.micro_batch * config.accumulation
@@ -96,6 +97,9 @@ class Trainer:
                 if self.done == began + 1:  # what it took to compile is not how fast the run is
                     self._wait_for_device()
                     rows, since = 0, time.monotonic()
+                elif counting and self.step.device.type == "cpu":  # nor what it takes to count its tensors
+                    rows -= config.micro_batch * config.accumulation
+                    since += time.monotonic() - before
                 last = self.done == end or bool(asked)
                 metrics.show(self.done)
                 looking = config.inspect_every > 0 and self._due(config.inspect_every)
