@@ -61,7 +61,7 @@ def _demo(config: Demo, out: Path) -> None:
             name,
             f"{result['eval/loss']:.4f}",
             f"{result['state_bytes'] / 1e6:.1f}",
-            f"{result['seconds_per_step']:.2f}",
+            "-" if result["seconds_per_step"] is None else f"{result['seconds_per_step']:.2f}",  # too short to tell
         )
         rows = [(int(r["step"]), r["train/loss"]) for r in read(folder) if "train/loss" in r]
         curves[name] = [s for s, _ in rows], [y for _, y in rows]
