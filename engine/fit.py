@@ -14,6 +14,7 @@ from optimizers.contract import Optimizer, UsageError
 from optimizers.partition import freeze, trainable
 from optimizers.random import fold
 
+from .attempt import attempt
 from .checkpoint import Reader
 from .compile import can_compile
 from .config import RunConfig, step_options, weights_dtype
@@ -72,9 +73,9 @@ def _fit(task: Task, step: Step, config: RunConfig, saved: Reader | None, consol
     write_whole(out / "config.json", json.dumps(config.plain(), indent=1) + "\n")
     with Metrics(out, trainer.done, config.steps, console) as metrics:
         found = trainer.train(metrics)
-    write_result(trainer, metrics, found)
     kept = trainer.saved or (saved.path if saved else None)
-    console.print(f"{task.shown(found)}\ncheckpoint   {kept}")
+    console.print(f"{attempt(lambda: task.shown(found), 'shown')}\ncheckpoint   {kept}")
+    console.print(f"numbers      {attempt(lambda: str(write_result(trainer, metrics, found)), 'written')}")
     return Fit(out, trainer.done, found, kept)
 
 

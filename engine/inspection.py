@@ -248,7 +248,7 @@ def measured(
     """The measures and spectra of one parameter. Raises CheckpointError where the slots cannot be its own."""
     check(name, p, slots, who)
     like = moved(p, slots)
-    measures, spectra = {"weight_rms": rms(p)}, {}
+    measures, spectra = {"weight_rms": rms(whole(p, slots, who))}, {}
     first, second = (first_of(slots, who, sort) for sort in (Kind.FIRST, Kind.SECOND))
     for prefix, slot in (("first", first), ("second", second)):
         if slot not in slots:
@@ -279,7 +279,7 @@ def measured(
 def whole(p: Tensor, slots: Slots, who: Who) -> Tensor:
     """The weight that the model has, float32: with the product that a rule keeps beside it."""
     apart = who.options.get("form") == "products" and "B" in slots and "P" in slots
-    return p.float() + slots["B"] @ slots["P"].float().T if apart else p.float()
+    return p.float() + slots["B"].float() @ slots["P"].float().T if apart else p.float()
 
 
 def compared(old: tuple[Tensor, Slots, Who], new: tuple[Tensor, Slots, Who], steps: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from .attempt import attempt
 from .durable import naming, write_whole
 
 FILE = "metrics.jsonl"
@@ -54,10 +55,12 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
-        try:
-            self.writer.close()
-        except OSError as error:
-            self.say(f"warning: the last TensorBoard events are not recorded: {error}")
+        if line := attempt(self._close, "recorded"):
+            self.say(f"warning: the last TensorBoard events are {line}")
+
+    def _close(self) -> str:
+        self.writer.close()
+        return ""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars of `step` (steps done so far)."""

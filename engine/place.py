@@ -33,18 +33,23 @@ def device_of(name: str) -> torch.device:
 
 @contextmanager
 def place(
-    config: RunConfig, stem: Path, say: Callable[[str], None] = print, dry: bool = False
+    config: RunConfig,
+    stem: Path,
+    say: Callable[[str], None] = print,
+    dry: bool = False,
+    given: Reader | None = None,
 ) -> Iterator[tuple[Path, Reader | None]]:
     """The run's folder, owned in the block, and the checkpoint to continue from. Without `config.out` the folder is a
-    new one whose name begins with `stem`. A `dry` run owns nothing and leaves nothing.
+    new one whose name begins with `stem`. A `dry` run owns nothing and leaves nothing. `given` is the checkpoint that
+    `config.resume` names, where it is open already.
 
     Raises UsageError where another process owns it, it holds a run that is not asked for, or nothing can be resumed.
     """
     folder = str(config.out or config.resume)
     if any("\ud800" <= character <= "\udfff" for character in folder):
         raise UsageError(f"--out {folder}: a name that is not UTF-8, which TensorBoard cannot write to; choose another")
-    given, out = None, Path(config.out).expanduser() if config.out else None
-    if config.resume not in ("never", "auto"):
+    out = Path(config.out).expanduser() if config.out else None
+    if given is None and config.resume not in ("never", "auto"):
         given = _asked(Path(config.resume).expanduser(), say)
     out = out or (given.path.parent if given else stem if config.resume == "auto" else None)
     if out:

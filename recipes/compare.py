@@ -29,12 +29,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from engine.attempt import attempt
 from engine.checkpoint.lock import claim
 from engine.curves import loss_curve
 from engine.durable import write_whole
 from engine.flags import ask
 from engine.metrics import read, series
-from engine.output import printable
+from engine.output import lasting, printable
 from optimizers.contract import UsageError
 from optimizers.random import fold
 
@@ -249,16 +250,28 @@ def _compare(config: Compare, common: list[str], methods: list[Method], referenc
         rows.append(Row(method.name, best, len(tuning) > 1 and best in (tuning[0][0], tuning[-1][0]), cells))
     cells_of, text_of = columns(config, rows, reference), rates(tried)
     text = f"{markdown(cells_of)}\n{text_of}"
-    (config.out / "table.md").write_text(text, encoding="utf-8", errors="backslashreplace")
     curves = {row.name: average(drawn) for row in rows if all(drawn := [points(c, config.metric) for c in row.cells])}
     unit = "nats per token" if config.metric == LOSS else config.metric
-    loss_curve(config.out / "curves.png", {}, config.title or config.label, unit, held_out=curves)
+    table, title = config.out / "table.md", config.title or config.label
+
+    def written() -> str:
+        write_whole(table, text.encode("utf-8", "backslashreplace").decode())
+        return str(table)
+
+    def drawn_over() -> str:
+        return str(loss_curve(config.out / "curves.png", {}, title, unit, held_out=curves))
+
     if console.is_terminal:
         console.print(narrow(cells_of), soft_wrap=False)
         console.print(text_of, highlight=False)
     else:
         console.print(text, highlight=False)
-    console.print(f"{config.out / 'table.md'}  {config.out / 'curves.png'}  {config.out / CELLS}", highlight=False)
+    for name, line in (
+        ("table", attempt(written, "written")),
+        ("picture", attempt(drawn_over, "drawn")),
+        ("cells", str(config.out / CELLS)),
+    ):
+        console.print(f"{name:8} {line}", highlight=False)
 
 
 def average(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[int], list[float]]:
@@ -270,9 +283,10 @@ def average(curves: Sequence[Sequence[Sequence[float]]]) -> tuple[list[int], lis
 if __name__ == "__main__":
     printable()
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    try:
-        config = ask(lambda prog: tyro.cli(Compare, prog=prog, args=sys.argv[1:end], description=__doc__))
-        compare(config, sys.argv[end + 1 :], Console(soft_wrap=True, markup=False, emoji=False))
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    with lasting():
+        try:
+            config = ask(lambda prog: tyro.cli(Compare, prog=prog, args=sys.argv[1:end], description=__doc__))
+            compare(config, sys.argv[end + 1 :], Console(soft_wrap=True, markup=False, emoji=False))
+        except (UsageError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2 if isinstance(error, UsageError) else 1) from None

@@ -4,7 +4,9 @@ python -m recipes.demo            about five minutes on two cores
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from engine.attempt import attempt
 from engine.checkpoint.lock import claim, claim_new
 from engine.command import pasted, program
-from engine.curves import loss_curve
+from engine.curves import Curve, loss_curve
 from engine.flags import ask
 from engine.metrics import read
+from engine.result import FILE
 
 from . import baseline, snsm, sumo
 from .cli import main
@@ -50,28 +54,39 @@ def _demo(config: Demo, out: Path) -> None:
         console.rule(f"{i} of {len(runs)}: {name}")
         train(run)
 
-    table = Table(title=f"{config.steps} steps on the same data", title_justify="left")
+    console.rule("the three")
+    report(out, list(runs), config.steps, console)
+
+
+def report(out: Path, names: Sequence[str], steps: int, console: Console) -> None:
+    """A table and a picture of the runs in `out`, each of which is a line where it fails: they are trained."""
+    table = Table(title=f"{steps} steps on the same data", title_justify="left")
     for column in ("", "held-out loss, nats per byte", "optimizer state, MB", "s/step"):
         table.add_column(column, justify="right" if column else "left")
-    curves, points = {}, {}
-    for name in runs:
+    curves: dict[str, Curve] = {}
+    points: dict[str, Curve] = {}
+
+    def row(name: str) -> str:
         folder = out / name.lower()
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        table.add_row(
-            name,
-            f"{result['eval/loss']:.4f}",
-            f"{result['state_bytes'] / 1e6:.1f}",
-            "-" if result["seconds_per_step"] is None else f"{result['seconds_per_step']:.2f}",  # too short to tell
-        )
         rows = [(int(r["step"]), r["train/loss"]) for r in read(folder) if "train/loss" in r]
         curves[name] = [s for s, _ in rows], [y for _, y in rows]
+        result = json.loads((folder / FILE).read_text(encoding="utf-8"))
         points[name] = [s for s, _ in result["curve"]], [y for _, y in result["curve"]]
-    picture = loss_curve(out / "loss.png", curves, "SUMO, SNSM and AdamW on the standard library", held_out=points)
-    console.rule("the three")
+        seconds = result["seconds_per_step"]  # none where a run was too short to tell
+        cost = [f"{result['state_bytes'] / 1e6:.1f}", "-" if seconds is None else f"{seconds:.2f}"]
+        table.add_row(name, f"{result['eval/loss']:.4f}", *cost)
+        return ""
+
+    def picture() -> str:
+        title = f"{', '.join(names[:-1])} and {names[-1]} on the standard library"
+        return str(loss_curve(out / "loss.png", curves, title, held_out=points))
+
+    for name in names:
+        if line := attempt(partial(row, name), "read"):
+            console.print(f"{name:12} {line}", highlight=False)
     console.print(table)
-    console.print(
-        f"curves       {picture}\nlook at it   {pasted(program('tensorboard'), '--logdir', out)}", highlight=False
-    )
+    console.print(f"curves       {attempt(picture, 'drawn')}", highlight=False)
+    console.print(f"look at it   {pasted(program('tensorboard'), '--logdir', out)}", highlight=False)
 
 
 if __name__ == "__main__":

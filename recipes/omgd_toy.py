@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from engine.attempt import attempt
 from engine.checkpoint.lock import claim
 from engine.curves import COLOURS, FAINT, INK, save
+from engine.durable import write_whole
 from optimizers.contract import UsageError
 from optimizers.random import fold
 from optimizers.wrappers.traversal import Traversal, coordinates, traversal
@@ -124,12 +126,14 @@ def _toy(config: Toy) -> dict[str, Rate]:
     """In a folder that is this process's own."""
     steps, squared = distances(config)
     found = rates(steps, squared)
-    picture = draw_toy(config.out / "toy.png", steps, squared, found)
     numbers = {way: rate._asdict() for way, rate in found.items()}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    (config.out / "toy.json").write_text(
-        json.dumps({"config": settings, "rates": numbers}, indent=1) + "\n", encoding="utf-8"
-    )
+    text, file = json.dumps({"config": settings, "rates": numbers}, indent=1) + "\n", config.out / "toy.json"
+
+    def written() -> str:
+        write_whole(file, text)
+        return str(file)
+
     table = Table(title=f"squared distance from the solution, {config.seeds} seeds", title_justify="left")
     for column in ("masks", f"at {config.steps // 10:,}", f"at {config.steps:,}", "slope", "over no mask"):
         table.add_column(column, justify="right" if column != "masks" else "left")
@@ -142,8 +146,10 @@ def _toy(config: Toy) -> dict[str, Rate]:
     console.print(
         f"An i.i.d. mask a step ends {step / wor:.3g} times as far as a traversal; one that is held for an epoch ends "
         f"{epoch / wor:.2f} times as far:\nwhat this problem shows is the cost of masks that change every step, not "
-        f"that of drawing with replacement.\n{picture}"
+        "that of drawing with replacement."
     )
+    console.print(f"picture {attempt(lambda: str(draw_toy(config.out / 'toy.png', steps, squared, found)), 'drawn')}")
+    console.print(f"numbers {attempt(written, 'written')}")
     return found
 
 

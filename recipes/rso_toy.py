@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from engine.attempt import attempt
 from engine.checkpoint.lock import claim
 from engine.curves import COLOURS, FAINT, INK, save, spread
 from optimizers.apply import refresh
@@ -144,7 +145,8 @@ def _toy(config: Toy) -> None:
         last = norms[-max(1, len(norms) // 10) :]
         table.add_row(method, f"{norms[-1]:.2g}", f"{sum(last) / len(last):.2g}")
     console.print(table)
-    console.print(f"picture {picture(config.out / 'counterexample.png', curves, every)}", highlight=False)
+    drawn = attempt(lambda: str(picture(config.out / "counterexample.png", curves, every)), "drawn")
+    console.print(f"picture {drawn}", highlight=False)
 
 
 def picture(path: Path, curves: dict[str, list[float]], every: int, floor: float = 1e-8) -> Path:

@@ -10,15 +10,16 @@ the gap in which 250 is best. It gives no learning rate, momentum or scale: thos
 random directions in the place of leading ones (`--basis range`).
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import tyro
 from rich.console import Console
 
+from engine.attempt import attempt
 from engine.flags import ask
 from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import sumo
@@ -105,12 +106,18 @@ def run(config: Sumo) -> None:
         train(config)
         return
     out = train(replace(config, save_every=config.every, keep_every=config.every, save_async="off"))
-    found = condition.samples(out)
-    (out / "condition.json").write_text(json.dumps(condition.plain(found)) + "\n", encoding="utf-8")
+    if config.dry_run:
+        return
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
+    console.print(f"moments      {attempt(lambda: measure(out, console), 'measured')}", soft_wrap=True)
+
+
+def measure(out: Path, console: Console) -> str:
+    """Print what the moments in a run's checkpoints are like, write the numbers and draw them; returns where."""
+    found = condition.samples(out)
     console.print(condition.summary(found))
-    picture = condition.draw(found, out / "condition.png")
-    console.print(f"{picture}  {out / 'condition.json'}", highlight=False)
+    picture = attempt(lambda: str(condition.draw(found, out / "condition.png")), "drawn")
+    return f"{attempt(lambda: condition.write(found, out / 'condition.json'), 'written')}, {picture}"
 
 
 def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int) -> Sumo:

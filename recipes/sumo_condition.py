@@ -5,6 +5,7 @@ whose error its authors bound by the moment's condition number (arXiv 2505.24749
 beside each other during a run of SUMO, saved with every checkpoint like any other state, and measured afterwards.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.curves import COLOURS, FAINT, INK, save
+from engine.durable import write_whole
 from optimizers.contract import Hyper, Kind, Rule, Slots, State, declare
 from optimizers.linalg import project
 from optimizers.rules.muon import newton_schulz
@@ -111,6 +113,11 @@ def plain(found: Sequence[Sample]) -> list[dict[str, Any]]:
         }
         for s in found
     ]
+
+
+def write(found: Sequence[Sample], file: Path) -> str:
+    write_whole(file, json.dumps(plain(found)) + "\n")
+    return str(file)
 
 
 def draw(found: Sequence[Sample], path: Path) -> Path:

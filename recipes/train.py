@@ -4,13 +4,14 @@ import dataclasses
 import gc
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
+from engine.attempt import attempt
 from engine.checkpoint import Reader
 from engine.command import pasted, program
 from engine.compile import can_compile
@@ -44,28 +45,29 @@ class Text(NamedTuple):
     tokenizer: Tokenizer
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, saved: Reader | None = None) -> Path:
     """One run from start to picture and sample, also where it goes on under another optimizer; returns its folder.
 
-    Raises UsageError, CheckpointError, NonFiniteError, Interrupted.
+    `saved` is the checkpoint that `config.resume` names, where the caller has opened it already. Raises UsageError,
+    CheckpointError, NonFiniteError, Interrupted.
     """
     console = plain_console()
     while True:
-        out, following = _train(config, console)
+        out, following = _train(config, console, saved)
         if following is None:
             return out
-        config = following
+        config, saved = following, None
         gc.collect()  # the first optimizer's state is gone before the second one's is made
         torch.compiler.reset()
 
 
-def _train(config: TrainConfig, console: Console) -> tuple[Path, TrainConfig | None]:
+def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple[Path, TrainConfig | None]:
     """A run under one optimizer: its folder, and the config that goes on where --swap-at asks for one."""
     config.check()
     device = device_of(config.device)
     stem = Path("runs") / "-".join(filter(None, [config.recipe, config.trains, config.model]))
-    with place(config, stem, console.print, config.dry_run) as (out, saved):
-        return _trained(config, console, device, out, saved)
+    with place(config, stem, console.print, config.dry_run, saved) as (out, found):
+        return _trained(config, console, device, out, found)
 
 
 def _trained(
@@ -100,8 +102,8 @@ def _trained(
     until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
     if trainer.converted:
         path = trainer.save_now()
-        write_whole(out / "swap.json", json.dumps(plain(trainer.converted), indent=1) + "\n")
-        console.print(f"converted    {path}, {out / 'swap.json'}")
+        console.print(f"converted    {path}")
+        console.print(f"report       {attempt(lambda: _report(trainer, out / 'swap.json'), 'written')}")
         if config.swap == "only":
             return out, None
     with Metrics(out, trainer.done, config.steps, console) as metrics:
@@ -182,6 +184,11 @@ def _own(out: Path, saved: Reader | None, trainer: Trainer, tokenizer: Tokenizer
     console.print(f"config: {json.dumps(config)}", style="dim")
 
 
+def _report(trainer: Trainer, file: Path) -> str:
+    write_whole(file, json.dumps(plain(trainer.converted), indent=1) + "\n")
+    return str(file)
+
+
 # After the last checkpoint: the run is trained and saved, and whatever fails now is a line.
 
 
@@ -212,15 +219,6 @@ def _finish(
     ):
         if line := attempt(told, not_done):
             console.print(f"{name:12} {line}")
-
-
-def attempt(told: Callable[[], str], not_done: str) -> str:
-    """What `told` says, or in one line why it could not."""
-    try:
-        return told()
-    except Exception as error:  # of whatever kind: a finished run is finished
-        why = " ".join(str(error).split())[:300]
-        return f"not {not_done}: {type(error).__name__}{': ' * bool(why)}{why}"
 
 
 def _curve(run: Run, trainer: Trainer, metrics: Metrics, held_out: Mapping[str, float]) -> str:

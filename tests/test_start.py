@@ -6,6 +6,7 @@ import sys
 import pytest
 from helpers.runs import ROOT, TINY, corpus, here
 
+from engine.attempt import attempt
 from recipes import train
 
 PRIVATE = ("torch._inductor", "torch._functorch.aot_autograd", "torch._dynamo", "torch._subclasses.fake_tensor")
@@ -90,4 +91,4 @@ def test_an_interrupt_is_no_failure_of_an_end():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train.attempt(interrupt, "drawn")
+        attempt(interrupt, "drawn")

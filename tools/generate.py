@@ -16,7 +16,18 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from engine.checkpoint import CONFIG, MODEL, OPTIMIZER, TRAINER, WEIGHTS, CheckpointError, latest, load, restore_into
+from engine.checkpoint import (
+    CONFIG,
+    MODEL,
+    OPTIMIZER,
+    TRAINER,
+    WEIGHTS,
+    CheckpointError,
+    Latest,
+    latest,
+    load,
+    restore_into,
+)
 from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import KEPT, Tokenizer, load_tokenizer
 from engine.flags import ask
@@ -54,30 +65,31 @@ class Generate:
     """Default: cuda if there is one, else cpu."""
 
 
-def find(run: Path, step: int | None) -> Path:
+def find(run: Path, step: int | None) -> Latest:
     """The checkpoint folder that RUN and --checkpoint mean; damaged ones that are passed over are named on stderr."""
     if step is not None:
         folder = run / f"step-{step:08d}"
         if not folder.is_dir():
             there = ", ".join(str(int(p.name[5:])) for p in sorted(run.glob("step-*")) if p.name[5:].isdigit())
             raise ValueError(f"--checkpoint: got {step}, expected one of the steps in {run}: {there or 'it has none'}")
-        return folder
+        return Latest(folder, [])
     if (run / MODEL).is_file():
-        return run
+        return Latest(run, [])
     newest = latest(run)
     for path, why in newest.damaged:
         print(f"skipped {path.name}: {why}", file=sys.stderr)
     if newest.path is None:
         raise ValueError(f"RUN: got {str(run)!r}, expected a folder of whole step-* checkpoints, or one of them")
-    return newest.path
+    return newest
 
 
-def load_model(folder: Path, device: torch.device) -> Llama:
-    """The model in a checkpoint folder, in the dtype it was saved in. Raises CheckpointError where it is not whole."""
+def load_model(folder: Path, device: torch.device, record: dict[str, Any] | None = None) -> Llama:
+    """The model in a checkpoint folder, in the dtype it was saved in; `record` is what `verify` gave of it, where that
+    was asked already. Raises CheckpointError where it is not whole."""
     try:
         config = LlamaConfig.from_hf(_read_json(folder / CONFIG))
         if _is_in_products(folder):
-            saved = load(folder)
+            saved = load(folder, record)
             tensors = merge(saved.params, saved.state)
         else:
             tensors = load_file(folder / MODEL)
@@ -131,11 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = ask(lambda prog: tyro.cli(Generate, prog=prog, args=argv, description=__doc__))
         device = _device(args.device)
-        folder = find(args.run, args.checkpoint)
+        found = find(args.run, args.checkpoint)
+        folder = found.path
+        assert folder is not None
         if args.eos is not None and args.tokenizer is None:
             raise ValueError("--eos: a run knows its own end token; give it with --tokenizer only")
         tokenizer = load_tokenizer(args.tokenizer, args.eos) if args.tokenizer else tokenizer_of(folder)
-        model = load_model(folder, device)
+        model = load_model(folder, device, found.record)
         ids, remark = prompt_ids(tokenizer, args.prompt, model.config.max_position_embeddings)
         if remark:
             print(remark, file=sys.stderr)

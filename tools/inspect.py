@@ -66,23 +66,23 @@ class Inspect:
     """Only parameters whose name this regular expression finds."""
 
 
-def find(path: Path) -> Path:
-    """The checkpoint folder that is meant; damaged ones that are passed over are named on stderr."""
+def opened(path: Path) -> Reader:
+    """The checkpoint that is meant; damaged ones that are passed over are named on stderr."""
     if os.path.exists(path / checkpoint.TRAINER) or checkpoint.STEP.fullmatch(path.name):
-        return path
+        return checkpoint.read(path)
     found = checkpoint.latest(path)
     for folder, why in found.damaged:
         print(f"skipped {folder.name}: {why}", file=sys.stderr)
-    if found.path is None and found.damaged:
+    if (reader := found.reader()) is not None:
+        return reader
+    if found.damaged:
         raise CheckpointError(f"{path}: none of its {len(found.damaged)} checkpoints is whole")
-    if found.path is None:
-        raise UsageError(f"PATH: got {str(path)!r}, expected a folder of step-* checkpoints, or one of them")
-    return found.path
+    raise UsageError(f"PATH: got {str(path)!r}, expected a folder of step-* checkpoints, or one of them")
 
 
 def inspect(path: Path, compare: Path | None = None, match: str = "") -> Report:
     """Look at every parameter that matches. Raises CheckpointError, UsageError."""
-    reader, older = checkpoint.read(find(path)), checkpoint.read(find(compare)) if compare else None
+    reader, older = opened(path), opened(compare) if compare else None
     if older is not None and older.step > reader.step:
         reader, older = older, reader
     looks = list(_looks(reader, older, matching(reader.params.names, match)))
@@ -150,10 +150,10 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
 
 
 def _one(reader: Reader, name: str) -> tuple[torch.Tensor, Slots | None, bool]:
-    """A parameter, its slots if it has state, and whether that is parked."""
+    """A parameter as it is trained, its slots if it has state, and whether that is parked."""
     parked = name not in reader.owners and PARKED + name in reader.owners
     owner = PARKED + name if parked else name
-    p = reader.params.read(name)
+    p = reader.trained(name)
     if not p.is_floating_point():
         raise CheckpointError(f"{reader.params.file}: {name} is {p.dtype}, expected floating point")
     return p, reader.slots(owner) if owner in reader.owners else None, parked

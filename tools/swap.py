@@ -18,7 +18,9 @@ import tyro
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
+from engine.checkpoint.form import steps
 from engine.flags import ask
+from engine.place import newest
 from optimizers.contract import UsageError
 
 
@@ -38,17 +40,15 @@ def swap(config: Swap) -> None:
     from recipes.swap import converting
     from recipes.train import train
 
-    path: Path | None = config.source
-    if not os.path.exists(config.source / checkpoint.TRAINER):
-        path = checkpoint.latest(config.source).path
-        if path is None:
-            raise CheckpointError(f"{config.source}: no whole checkpoint in it; give a run or a step folder")
-    assert path is not None
-    if checkpoint.latest(config.out).path:
+    if steps(config.out):
         raise UsageError(f"{config.out} holds a run already; give another folder")
     target = parsed(words(config.to, "--to"), "--to")
-    was = replace(trained_by(checkpoint.read(path)), compile="off")
-    train(converting(target, was, path, config.out, "only"))
+    alone = os.path.exists(config.source / checkpoint.TRAINER)
+    saved = checkpoint.read(config.source) if alone else newest(config.source)
+    if saved is None:
+        raise CheckpointError(f"{config.source}: no whole checkpoint in it; give a run or a step folder")
+    was = replace(trained_by(saved), compile="off")
+    train(converting(target, was, saved.path, config.out, "only"), saved)
 
 
 if __name__ == "__main__":

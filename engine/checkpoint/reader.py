@@ -119,9 +119,10 @@ def read(path: Path, record: dict[str, Any] | None = None) -> Reader:
     return Reader(record["step"], params, weights, state, owners, trainer, read_json(path / CONFIG), path, header)
 
 
-def load(path: Path) -> Checkpoint:
-    """Verify the checkpoint at `path` and read it whole. Raises CheckpointError naming the first file that is wrong."""
-    found = read(path)
+def load(path: Path, record: dict[str, Any] | None = None) -> Checkpoint:
+    """Verify the checkpoint at `path`, unless `record` is what `verify` gave, and read it whole. Raises
+    CheckpointError naming the first file that is wrong."""
+    found = read(path, record)
     flat = found.state.everything()
     state = {owner: {slot: flat[f"{owner}/{slot}"] for slot in slots} for owner, slots in found.owners.items()}
     params = found.params.everything() | (found.weights.everything() if found.weights else {})
