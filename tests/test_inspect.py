@@ -394,7 +394,7 @@ def test_a_fresh_state_is_that_of_the_first_checkpoint(line, tmp_path, capsys):
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capfd):
-    assert tool.main(["--fresh", "snsm demo --rank 4", "--png", str(tmp_path / "nowhere" / "x.png")]) == 1
+    assert tool.main(["--fresh", "snsm demo --rank 4", "--png", str(tmp_path / "nowhere" / "x.png")]) == 2
     err = capfd.readouterr().err
     assert "error: " in err and "nowhere" in err and "Traceback" not in err
 
