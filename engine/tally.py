@@ -45,7 +45,7 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         for t in tree_leaves((args, kwargs)):
             if isinstance(t, Tensor):
-                self._alive.setdefault(t.untyped_storage()._cdata, -1)
+                self._found(t)
         out = func(*args, **(kwargs or {}))
         self.adopt(self._doing[1], (t for t in tree_leaves(out) if isinstance(t, Tensor)))
         return out
@@ -58,6 +58,13 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 index = self._take(storage.nbytes(), kind)
                 self._alive[storage._cdata] = index
                 weakref.finalize(storage, self._gone, storage._cdata, index)
+
+    def _found(self, t: Tensor) -> None:
+        """A storage that was there before. Where it dies, the next one at its address counts."""
+        storage = t.untyped_storage()
+        if storage._cdata not in self._alive:
+            self._alive[storage._cdata] = -1
+            weakref.finalize(storage, self._alive.pop, storage._cdata, None)
 
     def workspace(self, nbytes: int) -> None:
         """Count memory that is taken and given back at once."""
