@@ -125,13 +125,14 @@ def _read_ahead(
 
 
 class Held(Mapping[str, Slots]):
-    """The state of a checkpoint, of which each owner's slots are read when they are asked for, onto `device`."""
+    """The state of a checkpoint, of which each owner's slots are read when they are asked for, onto `device`: on the
+    CPU they are those of the file, mapped, which takes no memory but must not outlive it."""
 
     def __init__(self, saved: Reader, device: torch.device) -> None:
         self.saved, self.device = saved, device
 
     def __getitem__(self, owner: str) -> Slots:
-        return {slot: t.to(self.device, copy=True) for slot, t in self.saved.slots(owner).items()}
+        return {slot: t.to(self.device) for slot, t in self.saved.slots(owner).items()}
 
     def __contains__(self, owner: object) -> bool:
         return owner in self.saved.owners

@@ -70,6 +70,8 @@ class Rule:
     declares every slot of `init` with its kind, by which others read state; none of them knows a slot's name.
     `gradient(g, slots)` is what the rule is given of a gradient of p, where it moves something that stands for p;
     `product(slots)`, float32, is then what the model adds to p, if that is kept apart from it.
+    `elementwise` says that an entry of p moves by its own entries of g and slots and by scalars alone, so that `update`
+    may be given any part of the entries, flat.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Rule:
     built: Callable[[Slots], Tensor] | None = None
     gradient: Callable[[Tensor, Slots], Tensor] = lambda g, slots: g
     product: Callable[[Slots], Tensor] | None = None
+    elementwise: bool = False
 
     def names(self, *kinds: Kind) -> tuple[str, ...]:
         """The slots of these kinds, in order."""

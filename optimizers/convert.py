@@ -32,26 +32,51 @@ class Row(NamedTuple):
 def convert(
     params: Params, state: Mapping[str, Slots], source: Optimizer, target: Optimizer, step: int, key: Key
 ) -> tuple[State, list[Row]]:
-    """`target`'s state after `step` steps, started from what `source`'s knows; nothing is mutated.
+    """`target`'s state after `step` steps, started from what `source`'s knows; nothing is mutated, and what is returned
+    shares no memory with `state`.
 
-    `state` is asked for one tensor's slots at a time, so that it may read them from a disk.
+    `state` is asked for one tensor's slots at a time, so that it may read them from a disk. New slots are made a tensor
+    at a time too, the largest tensors first.
 
     Weights stay as they are: a view that keeps a part of them apart must have merged it before (`Optimizer.merge`).
     What was frozen has nothing to give: it starts from rest, with the mean second moment of its like in other layers,
     as a rule that knows nothing would begin with its largest steps in the middle of a run. Raises UsageError as
     `target.init` does.
     """
-    fresh, rows = target.init(params, step), []
-    sizes = _sizes(params, state, source) if any(bare(name) not in state for name in fresh) else {}
-    for where, slots in fresh.items():
+    whole = target.init({name: torch.empty_like(p, device="meta") for name, p in params.items()}, step)
+    sizes = _sizes(params, state, source) if any(bare(name) not in state for name in whole) else {}
+    made, rows = State(), dict[str, Row]()
+    for names in _together(whole, params):
+        fresh = target.init({name: params[name] for name in names}, step)
+        for where in list(fresh):
+            name = bare(where)
+            device = params[name].device
+            away = {slot: t for slot, t in fresh[where].items() if t.device != device}  # parked on the host
+            fresh[where] |= {slot: t.to(device) for slot, t in away.items()}
+            new = target.owner[name].rule
+            old = source.owner[name].rule if name in source.owner else new  # it was frozen
+            size = sizes.get(_kind(name))
+            turned = _one(name, params[name], state, fresh, where, old, new, fold(key, "convert", name), size)
+            made[where], rows[where] = turned
+            made[where] |= {slot: t.copy_(made[where][slot]) for slot, t in away.items()}
+    return {where: made[where] for where in whole}, [rows[where] for where in whole]
+
+
+def _together(whole: State, params: Params) -> list[list[str]]:
+    """The parameters that have state, those that share one of its tensors together, the largest first: what converting
+    one takes beside its new slots is then needed while those of smaller ones are not there yet."""
+    groups: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    for where, slots in whole.items():
         name = bare(where)
-        new = target.owner[name].rule
-        old = source.owner[name].rule if name in source.owner else new  # it was frozen
-        held = state[name] if name in state else state.get(PARKED + name, {})
-        size = sizes.get(_kind(name))
-        fresh[where], row = _one(name, params[name], held, slots, old, new, fold(key, "convert", name), size)
-        rows.append(row)
-    return fresh, rows
+        groups[name] = [name]
+        for t in slots.values():
+            own, other = groups[name], groups[first.setdefault(id(t), name)]
+            if own is not other:
+                other += own
+                groups |= dict.fromkeys(own, other)
+    distinct = list({id(names): names for names in groups.values()}.values())
+    return sorted(distinct, key=lambda names: -max(params[name].numel() for name in names))
 
 
 def _kind(name: str) -> str:
@@ -72,14 +97,26 @@ def _sizes(params: Params, state: Mapping[str, Slots], source: Optimizer) -> dic
 
 
 def _one(
-    name: str, p: Tensor, held: Slots, slots: Slots, old: Rule, new: Rule, key: Key, size: float | None
+    name: str,
+    p: Tensor,
+    state: Mapping[str, Slots],
+    fresh: State,
+    where: str,
+    old: Rule,
+    new: Rule,
+    key: Key,
+    size: float | None,
 ) -> tuple[Slots, Row]:
-    """One tensor: its new slots, and the report's row. `size` is the second moment of its like."""
+    """One tensor: its new slots, made from `fresh[where]`, which is taken out, and the report's row. `size` is the
+    second moment of its like. Old slots and moments are let go as soon as they were used."""
+    held, slots = state[name] if name in state else state.get(PARKED + name, {}), fresh.pop(where)
     nan = float("nan")
     if _same(old, new, held, slots):
-        return dict(held), Row(name, old.name, new.name, "kept", 1.0, 1.0, 1.0)
+        for slot, t in slots.items():
+            t.copy_(held[slot])  # whoever gave it keeps it, and slots that tensors share stay one
+        return slots, Row(name, old.name, new.name, "kept", 1.0, 1.0, 1.0)
     moments = complete(old.export(held, p)) if held and old.export else UNKNOWN
-    if moments.first is None or new.adopt is None:
+    if moments.first is None or moments.second is None or new.adopt is None:
         if new.refresh:  # a basis like any other, until its own turn comes: coordinates would be worse
             slots, _ = new.refresh(new.gradient(normal(key, tuple(p.shape), p.device), slots), slots, key)
         did = "reset: nothing was learned yet" if held else "reset: it was frozen"
@@ -89,33 +126,52 @@ def _one(
             did = "it was frozen: second moment of its like, first moment zero"
         return slots, Row(name, old.name, new.name, did, nan, nan, nan)
     before = _update(old, held, moments.first, p)
-    made, did = new.adopt(moments, slots, p, key)
-    first, second = _kept(moments, complete(new.export(made, p))) if new.export else (nan, nan)
-    now = _update(new, made, moments.first, p)
-    return made, Row(name, old.name, new.name, did, first, second, now / before if before else nan)
+    del held
+    slots, did = new.adopt(moments, slots, p, key)
+    first, energy, total = moments.first, _energy(moments.first), moments.second.sum()
+    del moments
+    kept = _kept(energy, total, new.export(slots, p)) if new.export else (nan, nan)
+    now = _update(new, slots, first, p)
+    return slots, Row(name, old.name, new.name, did, *kept, now / before if before else nan)
 
 
-def _kept(before: Moments, after: Moments) -> tuple[float, float]:
-    """Shares of the first moment's energy and of the summed second moment."""
-    if after.first is None or after.second is None or before.first is None or before.second is None:
+def _kept(energy: float, total: Tensor, exported: Moments) -> tuple[float, float]:
+    """Shares of the first moment's energy and of the summed second moment that what is exported now has."""
+    after = complete(exported)
+    if after.first is None or after.second is None:
         return float("nan"), float("nan")
-    energy = _energy(before.first)
-    kept = _energy(after.first) / energy if energy else float("nan")
-    return kept, float(after.second.sum() / before.second.sum())
+    return _energy(after.first) / energy if energy else float("nan"), float(after.second.sum() / total)
 
 
 def _energy(x: Tensor) -> float:
     """The sum of squares, in float64 a piece at a time: a copy of the whole would be twice as large."""
-    return float(torch.stack([part.double().square().sum() for part in torch.split(x.flatten(), PIECE)]).sum())
+    return float(torch.stack([_squares(part) for part in torch.split(x.flatten(), PIECE)]).sum())
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.double().square().sum()
 
 
 def _update(rule: Rule, slots: Slots, g: Tensor, p: Tensor) -> float:
-    """RMS of the update that a gradient equal to the first moment brings, at learning rate 1 and without decay."""
+    """RMS of the update that a gradient equal to the first moment brings, at learning rate 1 and without decay; a piece
+    at a time where the rule moves each entry by itself."""
     hyper: Hyper = {key: torch.tensor(value, device=p.device) for key, value in (("lr", 1.0), ("weight_decay", 0.0))}
+    if rule.elementwise:
+        numbers = rule.names(Kind.COUNTER)
+        flat = {slot: t if slot in numbers else t.reshape(-1) for slot, t in slots.items()}
+        whole_g, whole_p, parts = g.reshape(-1), p.reshape(-1), []
+        for at in range(0, p.numel(), PIECE):
+            piece = slice(at, at + PIECE)
+            own = {slot: t if slot in numbers else t[piece] for slot, t in flat.items()}
+            moved = rule.update(whole_g[piece], own, whole_p[piece], hyper)[0]
+            assert moved is not None, rule.name
+            parts.append(_squares(moved))
+        return math.sqrt(float(torch.stack(parts).sum()) / p.numel())
     delta, new = rule.update(rule.gradient(g, slots), slots, p, hyper)
     if delta is None:
         assert rule.product is not None, rule.name
         delta = rule.product(new) - rule.product(slots)
+    del new
     return math.sqrt(_energy(delta) / delta.numel())
 
 

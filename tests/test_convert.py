@@ -1,6 +1,7 @@
 """State that moves to another rule: what is exact, what is estimated, and that the next update does not jump."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from optimizers.apply import refresh
 from optimizers.contract import Group, Optimizer, Params, Rule, State
-from optimizers.convert import Row, convert
+from optimizers.convert import Row, _update, convert
 from optimizers.moments import complete
 from optimizers.partition import partition
 from optimizers.random import fold, normal
@@ -19,6 +20,7 @@ from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import adagrad_sn, adam_sn, rmsprop_sn, snsm
 from optimizers.rules.sumo import sumo
 from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, traversal
 
 RULES: dict[str, Rule] = {
@@ -82,6 +84,46 @@ def test_a_rule_takes_over_its_own_state_exactly(name):
     got, rows = convert(PARAMS, state, source, optimizer(RULES[name]), 60, fold(5))
     assert all(torch.equal(got[n][s], t) for n, slots in state.items() for s, t in slots.items())
     assert all(row.did == "kept" for row in rows)
+
+
+@pytest.mark.parametrize(("old", "new"), [("adamw", "adamw"), ("adamw", "snsm"), ("sgd", "adamw"), ("snsm", "sgd")])
+def test_what_is_converted_stays_with_whoever_gave_it(old, new):
+    source, target = optimizer(RULES[old]), optimizer(RULES[new])
+    state = trained(source)
+    before = {n: {s: t.clone() for s, t in slots.items()} for n, slots in state.items()}
+    got, _ = convert(PARAMS, state, source, target, 60, fold(5))
+    assert all(torch.equal(t, before[n][s]) for n, slots in state.items() for s, t in slots.items())
+    given, made = ({t.data_ptr() for slots in part.values() for t in slots.values()} for part in (state, got))
+    assert not given & made
+
+
+@pytest.mark.parametrize("form", ["merged", "products"])
+def test_what_layers_share_stays_one_tensor(form):
+    """The state comes in the order of the parameters, whatever is converted first."""
+    params = {f"l.{name}.weight": normal(fold(0, name), (12, 20)) for name in "qok"}
+
+    def of(rule: Rule) -> Optimizer:
+        base = partition(params, [Group("all", rule, ("",), 1e-3)], staggered=False)
+        return rso(base, params, params, 4, form=form, share=[("q", "k")])
+
+    plain = partition(params, [Group("all", adamw(), ("",), 1e-3)], staggered=False)
+    for source, target in ((plain, of(adamw())), (of(adamw()), of(adamw()))):
+        got, _ = convert(params, source.init(params, 3), source, target, 3, fold(5))
+        assert list(got) == list(params)
+        assert got["l.q.weight"]["P"] is got["l.k.weight"]["P"] is not got["l.o.weight"]["P"]
+
+
+@pytest.mark.parametrize(
+    "rule", [adamw(), sgd(), sgd(nesterov=True), adam_sn(second="coordinate")], ids=lambda r: r.name
+)
+def test_an_update_in_pieces_is_the_update(rule):
+    """Of a tensor of more than one piece, and of one whose size is that of a scalar's slots."""
+    assert rule.elementwise
+    for shape in ((100, 130), (2,)):
+        p, g = normal(fold(0, "p"), shape), normal(fold(0, "g"), shape)
+        slots = {k: t + 0.5 for k, t in rule.init(p).items()}
+        whole = replace(rule, elementwise=False)
+        assert _update(rule, slots, g, p) == pytest.approx(_update(whole, slots, g, p), rel=1e-12)
 
 
 @pytest.mark.parametrize(

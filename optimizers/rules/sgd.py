@@ -54,7 +54,7 @@ def build(name: str, options: SGD) -> Rule:
         return ({"momentum_buffer": moments.first / (1 - momentum)}, "kept") if slots else (slots, "dropped")
 
     slots = declare(momentum_buffer=Kind.FIRST) if momentum else ()
-    return Rule(name, options, slots, init, update, export=export, adopt=adopt)
+    return Rule(name, options, slots, init, update, export=export, adopt=adopt, elementwise=True)
 
 
 sgd = Family("sgd", SGD, build)

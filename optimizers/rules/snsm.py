@@ -197,7 +197,8 @@ def build(name: str, options: Snsm) -> Rule:
     declared = {} if numerator == "gradient" else {"exp_avg": Kind.FIRST}
     declared |= {} if second == "none" else {"exp_avg_sq": Kind.SECOND}
     if not subspace:
-        return Rule(name, options, (*CLOCK, *declare(**declared)), init, update, export=export, adopt=adopt)
+        slots, alone = (*CLOCK, *declare(**declared)), subset == "coordinate"
+        return Rule(name, options, slots, init, update, export=export, adopt=adopt, elementwise=alone)
     declared |= projections.kinds(proj_type) | ({"stale": Kind.COUNTER} if stale else {})
     offset = update_proj_gap - 1 if compat == "sn-sm" else 0
 

@@ -143,6 +143,7 @@ def subspace(
         refresh=refresh if inner.refresh else None,
         export=export if inner.export else None,
         adopt=adopt if inner.adopt else None,
+        elementwise=False,
     )
 
 
