@@ -16,8 +16,7 @@ from recipes import train
 from recipes.registry import parsed
 from tools.bench.ends import OPTIMIZERS, SHAPE, Nothing, built, resumed, saved, started
 
-MOST = 1.05
-SWAPPED = 1.25  # a conversion holds about ten float32 copies of one tensor: its moments, and two updates to compare
+MOST = 1.05  # the most that was measured is 1.033, a swap from AdamW to rmsprop_sn, which holds hardly any state
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +37,9 @@ def test_no_end_of_a_run_holds_a_second_copy(tmp_path, adamw, name):
     peak, held = resumed(line, path)
     assert peak <= MOST * held, "resume"
     peak, held = resumed(line, adamw[dtype], swap=True)
-    assert peak <= SWAPPED * held, "from AdamW"
+    assert peak <= MOST * held, "from AdamW"
     peak, held = resumed(f"baseline --precision {dtype}", path, swap=True)
-    assert peak <= SWAPPED * held, "to AdamW"
+    assert peak <= MOST * held, "to AdamW"
 
 
 def test_a_resumed_state_is_the_saved_one_with_its_ties(tmp_path):
