@@ -85,7 +85,7 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}')[:-9], "a.jsonl.bz2: damaged or cut short"),
         ("a.txt.xz", b"not packed at all", "a.txt.xz: damaged or cut short"),
         ("a.txt.gz", b"not packed at all", "a.txt.gz: damaged or cut short"),
-        ("a.txt.bz2", b"not packed at all", "a.txt.bz2: cannot be read .*it is damaged"),
+        ("a.txt.bz2", b"not packed at all", "a.txt.bz2: damaged or cut short"),
         ("a.txt", b"one\ntwo \xff", "a.txt, line 2: not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl, line 2: not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "a.jsonl, line 3: not JSON"),

@@ -15,7 +15,8 @@ from helpers.runs import ROOT, TINY, Done, corpus, here
 from engine.curves import loss_curve
 from engine.paths import writable
 from optimizers.contract import UsageError
-from tools import bench, generate, inspect, plot, prepare
+from tools import generate, inspect, plot, prepare
+from tools.bench import __main__ as bench
 
 LONG = "x" * 300
 FOLDERS = {  # names for a folder that is to be written
@@ -121,10 +122,10 @@ def test_what_tools_write(made, kind, monkeypatch):
 
     monkeypatch.setattr(inspect, "inspect", work)
     monkeypatch.setattr(plot, "series", work)
-    monkeypatch.setattr(bench, "main", work)
+    monkeypatch.setattr(bench, "measure", work)
     said(tool(made, inspect.main, f"run --png {name}"), name, (2,))
     said(tool(made, plot.main, f"run --out {name}"), name, (2,))
-    said(tool(made, lambda words: bench.asked(bench.StepBench(json=Path(words[0]))), shlex.quote(name)), name, (2,))
+    said(tool(made, lambda words: bench.main(bench.StepBench(json=Path(words[0]))), shlex.quote(name)), name, (2,))
     assert not (made / "missing").exists()
 
 
