@@ -16,6 +16,7 @@ from recipes import train
 from recipes.registry import parsed
 from tools.bench.ends import OPTIMIZERS, SHAPE, Nothing, built, resumed, saved, started
 
+FAST = ("adamw", "muon", "rmsprop_sn", "sumo", "rso, products", "omgd", "snsm, bf16-sr")  # the others are slow
 MOST = 1.05  # the most that was measured is 1.033, a swap from AdamW to rmsprop_sn, which holds hardly any state
 
 
@@ -27,7 +28,9 @@ def adamw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OPTIMIZERS]
+)
 def test_no_end_of_a_run_holds_a_second_copy(tmp_path, adamw, name):
     line = OPTIMIZERS[name]
     dtype = "bf16" if "--precision bf16" in line else "fp32"
