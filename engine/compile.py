@@ -26,8 +26,9 @@ def _name_the_instruction_set() -> None:
     """
     used = f"cpu:{torch.backends.cpu.get_cpu_capability()}"
     config = torch.compiler.config
-    if used not in (config.cache_key_tag or ""):
-        config.cache_key_tag = f"{config.cache_key_tag or ''} {used}".strip()
+    tag = getattr(config, "cache_key_tag", used)  # a torch without it has to do without
+    if used not in (tag or ""):
+        config.cache_key_tag = f"{tag or ''} {used}".strip()
 
 
 def can_compile(device: torch.device) -> str | None:

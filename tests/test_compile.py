@@ -20,12 +20,16 @@ print(torch.backends.cpu.get_cpu_capability())
 """
 
 
-def test_the_key_of_compiled_code_names_the_instruction_set(monkeypatch):
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    compiled(torch.add)
-    once = torch.compiler.config.cache_key_tag
-    compiled(torch.add)
-    assert once == torch.compiler.config.cache_key_tag == f"mine cpu:{torch.backends.cpu.get_cpu_capability()}"
+def test_the_key_of_compiled_code_names_the_instruction_set():
+    before = torch.compiler.config.cache_key_tag  # not by monkeypatch: its undoing removes the name for good
+    try:
+        torch.compiler.config.cache_key_tag = "mine"
+        compiled(torch.add)
+        once = torch.compiler.config.cache_key_tag
+        compiled(torch.add)
+        assert once == torch.compiler.config.cache_key_tag == f"mine cpu:{torch.backends.cpu.get_cpu_capability()}"
+    finally:
+        torch.compiler.config.cache_key_tag = before
 
 
 @pytest.mark.run

@@ -5,7 +5,6 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -266,13 +265,11 @@ def test_on_cuda_storages_are_rounded_and_the_context_is_counted():
 
 @pytest.mark.run
 def test_seven_billion_parameters_are_planned_without_them():
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = predicted("adamw", PRESETS["7b"], settings(1, 2048, recompute=True, precision="bf16"))
-    seconds = time.process_time() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert found.weights > 12 * 2**30
     assert grown < 2**30
-    assert seconds < 10
 
 
 # The command line.
