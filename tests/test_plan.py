@@ -75,9 +75,13 @@ METHODS: dict[str, Callable[[Llama, Params], Optimizer]] = {
 }
 
 
-def built(method: str, shape: LlamaConfig, dtype: torch.dtype = torch.float32) -> Built:
-    """Model and optimizer, on whatever tensors are made here: real or fake ones."""
-    model = Llama(shape)
+def built(method: str, shape: LlamaConfig, dtype: torch.dtype = torch.float32, fill: bool = True) -> Built:
+    """Model and optimizer, on whatever tensors are made here: real or fake ones, which need not be filled."""
+    with torch.device("meta"):
+        model = Llama(shape)
+    model.allocate("cpu")
+    if fill:
+        model.init_weights(0)
     if dtype != torch.float32:
         cast(model, dtype)
     params: Params = dict(model.named_parameters())
@@ -95,7 +99,7 @@ def precise(config: LanguageConfig) -> torch.dtype:
 
 def predicted(method: str, shape: LlamaConfig, config: LanguageConfig, *steps: int) -> Plan:
     gc.collect()  # what other tests left in cycles dies when it likes
-    return plan(lambda: built(method, shape, precise(config)), config, steps=steps)
+    return plan(lambda: built(method, shape, precise(config), fill=False), config, steps=steps)
 
 
 def measured(method: str, shape: LlamaConfig, config: LanguageConfig, at: int) -> int:
