@@ -257,9 +257,9 @@ UNFIT = {
     "another rank": ("--optimizer galore --rank 5", ["optimizer state", "basis"]),
     "another sequence": ("--sequence 15", ["--sequence 16"]),
     "other data": ("--data other.txt", ["other data"]),
-    "another size": ("--size.hidden-size 20", ["optimizer state"]),
+    "another size": ("--size.hidden-size 20", ["hidden_size is 16, expected 20"]),
     "another precision": ("--precision bf16", ["bfloat16"]),
-    "more layers": ("--size.num-hidden-layers 3", ["model.layers.2"]),
+    "more layers": ("--size.num-hidden-layers 3", ["num_hidden_layers is 2, expected 3"]),
 }
 
 
