@@ -105,7 +105,7 @@ def test_nothing_that_is_printed_is_taken_for_markup(tmp_path):
     flags = TINY.replace("--data corpus.txt", "--data './[b]x.txt'").replace("--steps 20", "--steps 2")
     done = here(tmp_path, f"baseline {flags} --out '[red]run' --prompt '[/b]it is :key:'")
     assert done.code == 0, done.err
-    for text in ("[b]x.txt", "[red]run/step-00000002", "--prompt '[/b]it is :key:'", "\n[/b]it is :key:"):
+    for text in ("[b]x.txt", "[red]run/step-00000002", "'--prompt=[/b]it is :key:'", "\n[/b]it is :key:"):
         assert text in done.out, text
 
 
