@@ -16,5 +16,7 @@ def counted(step: Step, run: Callable[[], Result]) -> tuple[Result, int]:
     there += [b for segment in step.chain.segments for b in segment.module.buffers()]
     sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in there)}
     results: list[Result] = []
+    kept = step.previous  # it dies in the step, and torch warns of memory that was there before it began to count
     peak = counted_peak(lambda: results.append(run()))
+    del kept
     return results[0], sum(sizes.values()) + peak
