@@ -111,7 +111,7 @@ def _read_ahead(
     """What has to be said where an optimizer orders the batches of a cycle and the run stands inside of one. Raises
     CheckpointError where rows would be read twice, and nothing allows it."""
     before, now = (read_ahead(of.batch, saved.step) for of in (source or optimizer, optimizer))
-    sizes = [was.get("micro_batch", 0) * was.get("accumulation", 0), config.micro_batch * config.accumulation]
+    sizes = [was["micro_batch"] * was["accumulation"], config.micro_batch * config.accumulation]
     if before == now and (not now or sizes[0] == sizes[1]):
         return ""
     rows = max(len(before), len(now)) * max(sizes)
@@ -236,9 +236,9 @@ def _progress(saved: Reader, unit: str) -> Progress:
             "data": dict(order),
             "rates": dict(rates),
             "previous_norm": float(norm) | int(norm),
-            "config": dict(config),
+            "config": {"micro_batch": int(micro), "accumulation": int(accumulation)} as config,
         } if (
-            bool not in map(type, (position, offset, norm, swapped))
+            bool not in map(type, (position, offset, norm, swapped, micro, accumulation))
             and type(units) is int
             and position >= 0
             and units >= 0
@@ -250,6 +250,7 @@ def _progress(saved: Reader, unit: str) -> Progress:
     got = {k: saved.trainer.get(k) for k in ("position", unit, "previous_norm", "swapped", "data", "config")}
     raise CheckpointError(
         f"{saved.path / checkpoint.TRAINER}: is of no training run of this version, or edited: expected a position, "
-        f"{unit}, the order of the data, learning rates, a finite norm, the step of a swap or null, a config, "
+        f"{unit}, the order of the data, learning rates, a finite norm, the step of a swap or null, a config "
+        "with micro_batch and accumulation, "
         f"got {str(got)[:200]}"
     )
