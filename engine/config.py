@@ -8,8 +8,8 @@ import torch
 
 from optimizers.contract import UsageError
 
-from .schedule import Kind
-from .step import Clip, Mode
+from .loop.schedule import Kind
+from .step.step import Clip, Mode
 
 Precision = Literal["fp32", "bf16", "bf16-sr", "mixed"]
 

@@ -14,18 +14,18 @@ from optimizers.contract import Optimizer, UsageError
 from optimizers.partition import freeze, trainable
 from optimizers.random import fold
 
-from .attempt import attempt
+from .atomic import write_whole
 from .checkpoint import Reader
-from .compile import can_compile
 from .config import RunConfig, step_options, weights_dtype
-from .durable import write_whole
-from .metrics import Metrics
-from .place import device_of, leave_branch, place
-from .receipt import receipt
-from .result import write_result
-from .step import Step
+from .inspection.receipt import receipt
+from .loop.folder import device_of, leave_branch, place
+from .loop.metrics import Metrics
+from .loop.result import write_result
+from .loop.trainer import Trainer
+from .step.compile import can_compile
+from .step.step import Step
 from .task import Task
-from .trainer import Trainer
+from .terminal.attempt import attempt
 
 
 class Fit(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .segments import Batch, Chain, Segment
+from .step.segments import Batch, Chain, Segment
 
 Sums = dict[str, Tensor]  # float64; what adds over batches and processes. Of shape (2,): a sum and its count
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from engine.flags import ask
+from engine.terminal.flags import ask
 from optimizers.contract import Group, Optimizer, Params, UsageError
 from optimizers.partition import trainable
 from optimizers.rules.adamw import adamw

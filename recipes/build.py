@@ -14,10 +14,10 @@ import torch
 
 from engine.config import step_options, weights_dtype
 from engine.data.tokenizer import load_tokenizer
-from engine.segments import cut
-from engine.step import Step
+from engine.loop.trainer import Trainer
+from engine.step.segments import cut
+from engine.step.step import Step
 from engine.task import Task
-from engine.trainer import Trainer
 from models.llama import PRESETS, Llama
 from optimizers.contract import Optimizer, Params, State
 from optimizers.partition import freeze

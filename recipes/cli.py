@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from engine import output, paths, signals
 from engine.checkpoint import CheckpointError
-from engine.trainer import Interrupted, NonFiniteError
+from engine.loop.trainer import Interrupted, NonFiniteError
+from engine.terminal import output, paths, signals
 from optimizers.contract import UsageError
 
 Config = TypeVar("Config")

@@ -29,13 +29,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from engine.attempt import attempt
+from engine.atomic import write_whole
 from engine.checkpoint.lock import claim
 from engine.curves import loss_curve
-from engine.durable import write_whole
-from engine.flags import ask
-from engine.metrics import read, series
-from engine.output import lasting, printable
+from engine.loop.metrics import read, series
+from engine.terminal.attempt import attempt
+from engine.terminal.flags import ask
+from engine.terminal.output import lasting, printable
 from optimizers.contract import UsageError
 from optimizers.random import fold
 

@@ -14,13 +14,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from engine.attempt import attempt
 from engine.checkpoint.lock import claim, claim_new
-from engine.command import pasted, program
 from engine.curves import Curve, loss_curve
-from engine.flags import ask
-from engine.metrics import read
-from engine.result import FILE
+from engine.loop.metrics import read
+from engine.loop.result import FILE
+from engine.terminal.attempt import attempt
+from engine.terminal.command import pasted, program
+from engine.terminal.flags import ask
 
 from . import baseline, snsm, sumo
 from .cli import main

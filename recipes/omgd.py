@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from engine.flags import ask
+from engine.terminal.flags import ask
 from models.llama import PRESETS, Llama
 from optimizers.contract import Group, Optimizer, Params, State, UsageError, state_bytes
 from optimizers.partition import partition, trainable

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine.attempt import attempt
+from engine.atomic import write_whole
 from engine.checkpoint.lock import claim
 from engine.curves import COLOURS, FAINT, INK, save
-from engine.durable import write_whole
+from engine.terminal.attempt import attempt
 from optimizers.contract import UsageError
 from optimizers.random import fold
 from optimizers.wrappers.traversal import Traversal, coordinates, traversal

@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.segments import cut
+from engine.step.segments import cut
 
 from .build import build, vocabulary_of
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from engine.plan import Plan
+    from engine.planner.plan import Plan
 
 
 def device_of(config: TrainConfig) -> str:
@@ -23,7 +23,7 @@ def planned(
     config: TrainConfig, vocabulary: int = 0, epoch: int = 1000, device: str = "", last: int | None = None
 ) -> "Plan":
     """What a run holds at its peak; with `last`, on the CPU, what that step alone does. Raises UsageError."""
-    from engine.plan import Built, plan
+    from engine.planner.plan import Built, plan
 
     device = device or device_of(config)
     vocabulary = vocabulary or vocabulary_of(config)

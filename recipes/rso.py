@@ -19,7 +19,7 @@ from typing import Literal
 
 import tyro
 
-from engine.flags import ask
+from engine.terminal.flags import ask
 from models.layers import attach
 from optimizers.contract import Group, Optimizer, Params, Rule
 from optimizers.partition import trainable

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from engine.attempt import attempt
 from engine.checkpoint.lock import claim
 from engine.curves import COLOURS, FAINT, INK, save, spread
+from engine.terminal.attempt import attempt
 from optimizers.apply import refresh
 from optimizers.contract import Group, Hyper, Params, UsageError
 from optimizers.linalg import lift, project, svd_basis

@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from engine.flags import ask
+from engine.terminal.flags import ask
 from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import snsm
 from optimizers.rules.adamw import adamw

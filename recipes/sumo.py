@@ -19,8 +19,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from engine.attempt import attempt
-from engine.flags import ask
+from engine.terminal.attempt import attempt
+from engine.terminal.flags import ask
 from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules import sumo
 

@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from engine import checkpoint
+from engine.atomic import write_whole
 from engine.curves import COLOURS, FAINT, INK, save
-from engine.durable import write_whole
 from optimizers.contract import Hyper, Kind, Rule, Slots, State, declare
 from optimizers.linalg import project
 from optimizers.rules.muon import newton_schulz

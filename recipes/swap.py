@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.checkpoint import Reader
-from engine.tables import Fitting
 from engine.tasks.config import LanguageConfig
+from engine.terminal.tables import Fitting
 from optimizers.contract import Optimizer, UsageError
 from optimizers.convert import Row
 

@@ -11,23 +11,23 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from engine.attempt import attempt
+from engine.atomic import write_whole
 from engine.checkpoint import Reader
-from engine.command import pasted, program
-from engine.compile import can_compile
 from engine.data import Tokens, tokenizer_of
 from engine.data.prepare import Request, cached
 from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import KEPT, Tokenizer
-from engine.durable import write_whole
 from engine.fit import plain_console, resume
-from engine.metrics import FILE, Metrics
-from engine.place import device_of, leave_branch, place
-from engine.progress import Bar
-from engine.receipt import receipt
-from engine.result import evaluations, write_result
+from engine.inspection.receipt import receipt
+from engine.loop.folder import device_of, leave_branch, place
+from engine.loop.metrics import FILE, Metrics
+from engine.loop.result import evaluations, write_result
+from engine.loop.trainer import Trainer
+from engine.step.compile import can_compile
 from engine.tasks.language import LanguageTask
-from engine.trainer import Trainer
+from engine.terminal.attempt import attempt
+from engine.terminal.command import pasted, program
+from engine.terminal.progress import Bar
 from models.sampling import generate
 
 from .build import Run, build

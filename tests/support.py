@@ -1,4 +1,4 @@
-"""What works with what: the combinations that tests/test_support.py runs, and the table that docs/choosing.md shows.
+"""What works with what: combinations that tests/wrappers/test_support.py runs, and the table in docs/choosing.md.
 
     python -m tests.support       run them all, write docs/support.json and the table in docs/choosing.md
 
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from engine import checkpoint
-from engine.segments import cut
-from engine.step import Step
+from engine.step.segments import cut
+from engine.step.step import Step
 from models.layers import attach
 from models.llama import Llama, LlamaConfig
 from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError

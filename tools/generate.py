@@ -30,8 +30,8 @@ from engine.checkpoint import (
 )
 from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import KEPT, Tokenizer, load_tokenizer
-from engine.flags import ask
-from engine.output import printable
+from engine.terminal.flags import ask
+from engine.terminal.output import printable
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.wrappers.rso import merge

@@ -36,11 +36,11 @@ from rich.console import Console
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, Reader
-from engine.flags import ask
-from engine.inspection import Look, compared, look
-from engine.output import printable
-from engine.ownership import Who, described, read_rules
-from engine.paths import writable
+from engine.checkpoint.rules import RuleRecord, described, read_rules
+from engine.inspection.measures import Look, compared, look
+from engine.terminal.flags import ask
+from engine.terminal.output import printable
+from engine.terminal.paths import writable
 from optimizers.contract import PARKED, Optimizer, Params, Slots, UsageError
 from optimizers.wrappers.traversal import describe
 
@@ -97,7 +97,7 @@ def inspect_fresh(what: str, params: Params, optimizer: Optimizer, match: str = 
     for name in matching(params, match):
         parked = name not in state and PARKED + name in state
         owner = optimizer.owner.get(name)
-        who = described(owner) if owner else Who("frozen", "frozen")
+        who = described(owner) if owner else RuleRecord("frozen", "frozen")
         looks.append(look(name, params[name], state.get(PARKED + name if parked else name), who, parked))
     masks = describe(optimizer.about, params, 0) if "traversal" in optimizer.about else None
     return Report(what, 0, None, len(params), looks, masks)
@@ -132,7 +132,7 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
         tied.add(first)
         p, slots, parked = _one(reader, name)
         try:
-            seen = look(name, p, slots, owners.get(name, Who()), parked, rounded)
+            seen = look(name, p, slots, owners.get(name, RuleRecord()), parked, rounded)
         except CheckpointError as error:
             raise CheckpointError(f"{reader.state.file}: {error}") from None
         if older is not None:
@@ -142,7 +142,7 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
             if before.shape != p.shape:
                 got = f"{tuple(before.shape)}, expected {tuple(p.shape)}"
                 raise CheckpointError(f"{older.path}: {name} is {got}; compare checkpoints of the same model")
-            who = others.get(name, Who())
+            who = others.get(name, RuleRecord())
             look(name, before, held, who, was_parked)  # whether its slots are its own
             between = compared((before, held or {}, who), (p, slots or {}, seen.who), reader.step - older.step)
             seen = seen._replace(measures=seen.measures | between)

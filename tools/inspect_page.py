@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.curves import COLOURS, FAINT, INK, PLAIN, save
-from engine.inspection import Look
+from engine.inspection.measures import Look
 
 PLACE = re.compile(r"^(.*?)\.(\d+)\.(.+?)(?:\.weight)?$")  # stem, layer, matrix
 MAPS = (("first_stable_rank", "stable rank of the first moment"), ("overlap", "overlap of the bases, ‖QᵀQ′‖² / r"))

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from engine.inspection import KINDS, MEASURES, Look, counts, summary
+from engine.inspection.measures import KINDS, MEASURES, Look, counts, summary
 
 from .inspect_page import place
 

@@ -24,12 +24,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from engine.command import pasted, typed
-from engine.output import printable
+from engine.terminal.command import pasted, typed
+from engine.terminal.output import printable
 from optimizers.contract import UsageError
 
 if TYPE_CHECKING:
-    from engine.plan import Plan
+    from engine.planner.plan import Plan
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SMALLER = ("rank", "active")  # flags that trade quality for memory, tried last

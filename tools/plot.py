@@ -11,10 +11,10 @@ from pathlib import Path
 import tyro
 
 from engine.curves import loss_curve
-from engine.flags import ask
-from engine.metrics import FILE, series
-from engine.output import printable
-from engine.paths import code, writable
+from engine.loop.metrics import FILE, series
+from engine.terminal.flags import ask
+from engine.terminal.output import printable
+from engine.terminal.paths import code, writable
 from optimizers.contract import UsageError
 
 

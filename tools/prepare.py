@@ -14,9 +14,9 @@ from rich.console import Console
 from engine.data import read_index
 from engine.data.losses import several
 from engine.data.prepare import Request, prepare
-from engine.flags import ask
-from engine.output import printable
-from engine.progress import Bar
+from engine.terminal.flags import ask
+from engine.terminal.output import printable
+from engine.terminal.progress import Bar
 from optimizers.contract import UsageError
 
 

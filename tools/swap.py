@@ -19,8 +19,8 @@ import tyro
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.checkpoint.form import steps
-from engine.flags import ask
-from engine.place import newest
+from engine.loop.folder import newest
+from engine.terminal.flags import ask
 from optimizers.contract import UsageError
 
 

@@ -9,7 +9,7 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from ..durable import write_whole
+from ..atomic import write_whole
 from .form import STEP, steps
 from .tensorfile import WriteError
 

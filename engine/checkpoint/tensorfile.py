@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optimizers.contract import Params
 
-from ..durable import naming
+from ..atomic import naming
 
 SCHEMA = 1
 DTYPES = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from optimizers.contract import UsageError
 
-from ..command import pasted
+from ..terminal.command import pasted
 from .tokenizer import Tokenizer, load_tokenizer
 
 SCHEMA = 1

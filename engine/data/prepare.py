@@ -15,7 +15,7 @@ import numpy as np
 
 from optimizers.contract import UsageError
 
-from ..durable import alone, sha256, write_whole
+from ..atomic import alone, sha256, write_whole
 from .files import find
 from .index import INDEX, SCHEMA, read_index
 from .losses import NOTHING_UNKNOWN, counted, in_words, refuse_malformed, refuse_unknown

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from optimizers.contract import UsageError
 
-from ..durable import naming
+from ..atomic import naming
 
 Table = list[dict[str, Any]]  # files and the tokens in each, as the index of a prepared folder lists them
 

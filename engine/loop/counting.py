@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from ..memory import counted_peak, peak_bytes
-from ..step import Result, Step
+from ..step.step import Result, Step
 
 
 def counted(step: Step, run: Callable[[], Result]) -> tuple[Result, int]:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..segments import Batch
-from ..step import Step
+from ..step.segments import Batch
+from ..step.step import Step
 from ..task import Sums, Task, add
 
 

@@ -7,7 +7,7 @@ import torch
 
 from optimizers.contract import Group, Hyper
 
-from ..step import Result
+from ..step.step import Result
 
 
 class NotFinite(Exception):

@@ -12,7 +12,7 @@ from optimizers.contract import UsageError
 from optimizers.random import fold
 
 from ..data.order import Epochs
-from ..segments import Batch, Chain, Segment, cut
+from ..step.segments import Batch, Chain, Segment, cut
 from ..task import Sums, Task
 
 Total = tuple[Tensor, Tensor | float]  # a sum over rows, and how many rows (or whatever else it is a mean over)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optimizers.random import fold
 
 from ..data import Batches, Tokens
-from ..segments import Batch, Segment, cut
+from ..step.segments import Batch, Segment, cut
 from ..task import Task
 
 MOST = 700.0  # exp of more is no float

@@ -82,7 +82,7 @@ def _matching(params: Params, match: Sequence[str]) -> list[str]:
     return [name for name in params if any(re.search(pattern, name) for pattern in match)]
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a step is: the cycle, the mask of that cycle, and the step among those of the mask. Cycle -1 is warm-up."""
 
     cycle: int
@@ -122,14 +122,14 @@ class Traversal(NamedTuple):
             return n / len(self.members(0, 0))
         return float(self.masks)
 
-    def at(self, step: int) -> Place:
+    def at(self, step: int) -> Position:
         """The place of a step."""
         if step < self.warmup:
-            return Place(-1, 0, step)
+            return Position(-1, 0, step)
         cycle, inside = divmod(step - self.warmup, self.length)
         if self.order == "joint":
             inside = _pairs(self.key, cycle, self.length)[inside]
-        return Place(cycle, *divmod(inside, self.period))
+        return Position(cycle, *divmod(inside, self.period))
 
     def batch(self, step: int) -> int:
         """The batch of a step: in a joint order, that which the pair's step has in epochwise order."""

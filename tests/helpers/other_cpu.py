@@ -1,6 +1,6 @@
 """A pytest plugin that makes this CPU another one: every float32 product, sum and factorisation rounds in its own way.
 
-    python -m pytest -p tests.helpers.other_cpu tests/test_snsm.py -m "not compiles"
+    python -m pytest -p tests.helpers.other_cpu tests/rules/test_snsm.py -m "not compiles"
 
 A comparison that fails under it is closer than float32 determines: it is relative to the wrong thing, or computes
 again what it should take from a recorded run. Tests that ask for equal bits of two different computations fail

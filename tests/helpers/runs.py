@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.metrics import Metrics, read
+from engine.loop.metrics import Metrics, read
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

@@ -14,9 +14,9 @@ from typing import Annotated
 import torch
 import tyro
 
-from engine.flags import ask
-from engine.output import printable
-from engine.paths import writable
+from engine.terminal.flags import ask
+from engine.terminal.output import printable
+from engine.terminal.paths import writable
 from optimizers.contract import UsageError
 
 from .ends import EndsBench, bench_ends

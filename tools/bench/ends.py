@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from engine import checkpoint
+from engine.loop.trainer import Trainer
 from engine.memory import counted_peak
-from engine.segments import Batch, Segment, cut
+from engine.step.segments import Batch, Segment, cut
 from engine.task import Task
-from engine.trainer import Trainer
 from models.llama import Llama
 from optimizers.contract import total_bytes
 from recipes.build import Run, build

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.data import Batches, Tokens
 from engine.data.prepare import Request, cached
-from engine.segments import cut
-from engine.step import Step
+from engine.step.segments import cut
+from engine.step.step import Step
 from models.llama import PRESETS, Llama
 from optimizers.contract import Group, Rule
 from optimizers.partition import partition

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from engine.memory import counted_peak
-from engine.segments import cut
-from engine.step import Step
+from engine.step.segments import cut
+from engine.step.step import Step
 from models.layers import attach
 from models.llama import Llama, LlamaConfig
 from optimizers.contract import Group, Optimizer

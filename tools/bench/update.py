@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.compile import compiled
-from engine.kernel import Kernel, make_kernel
+from engine.step.compile import compiled
+from engine.step.kernel import Kernel, make_kernel
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import Rule, state_bytes
 from optimizers.random import fold

@@ -1,0 +1,218 @@
+"""The memory of a training run, known before any of it is allocated: the engine's own step, run on fake tensors.
+
+Weights, optimizer state and step are built as for training, without memory, and a `Tally` counts what would be alive
+when. Nothing here repeats what the step, an optimizer or a model does, so nothing has to be kept equal to them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optimizers.contract import Group, Optimizer, Params, State, bare
+from optimizers.random import Key
+
+from ..config import step_options
+from ..step.observer import Observer
+from ..step.segments import Segment
+from ..step.step import Step
+from ..tasks.config import LanguageConfig
+from .graphs import fused
+from .storages import Peak, Tally
+
+CONTEXT = 500 * 2**20  # what a CUDA context and its libraries take beside tensors; an assumption, it differs by device
+LAYERS = 2**12  # more things than masks choose among, fewer than a tensor has entries
+SIMULATED = 3  # micro-batches that are really run; each one more adds the same
+WEIGHTS, STATE = "weights", "optimizer state: "
+
+
+class Built(NamedTuple):
+    """What a recipe trains, built on fake tensors."""
+
+    segments: Sequence[Segment]
+    params: Params
+    optimizer: Optimizer
+    key: Key = Key(0)  # of the optimizer's draws
+
+
+class Plan(NamedTuple):
+    """Predicted bytes: the peak, the moment it is reached at, and by kind what is alive then.
+
+    `moments` holds the peak of every moment; `state` and `weights` what is there all the time, before the first step.
+    """
+
+    bytes: int
+    moment: str
+    kinds: dict[str, int]
+    moments: dict[str, int]
+    weights: int
+    state: int
+
+
+def plan(build: Callable[[], Built], config: LanguageConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
+    """The most that a run of `config` holds in tensors at `steps`; without any, from its start-up to its last save, the
+    steps being the first one, which builds all bases, and the first that turns.
+
+    `build` is called under a FakeTensorMode. For "cuda", storages are rounded up to 512 bytes and `CONTEXT` is added;
+    library calls are taken to need the workspace that they need on the CPU. Raises what `build` and the step raise.
+    """
+    count = config.accumulation
+    counts = [count] if count <= SIMULATED else [SIMULATED - 1, SIMULATED]
+    found, beside, state = _simulated(build, config, device, steps, counts)
+    peaks = found[-1]
+    if count > SIMULATED:
+        peaks = {m: _grown(found[0].get(m, Peak(0, {})), p, count - SIMULATED) for m, p in peaks.items()}
+    if not steps:
+        peaks |= beside
+    moment = max(peaks, key=lambda m: peaks[m].bytes)
+    kinds = {kind: n for kind, n in peaks[moment].kinds.items() if n}
+    context = {"CUDA context (assumed)": CONTEXT} if device == "cuda" else {}
+    moments = {m: p.bytes + sum(context.values()) for m, p in peaks.items()}
+    return Plan(moments[moment], moment, kinds | context, moments, kinds[WEIGHTS], state)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """What `model.to(dtype)` does to parameters; that refuses fake tensors which anybody refers to."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(p.to(dtype), p.requires_grad))
+
+
+def _grown(few: Peak, more: Peak, times: int) -> Peak:
+    """The peak of a moment with `times` micro-batches more, each of which adds what the last one added."""
+    kinds = {kind: n + times * (n - few.kinds.get(kind, 0)) for kind, n in more.kinds.items()}
+    return Peak(sum(kinds.values()), kinds)
+
+
+def _simulated(
+    build: Callable[[], Built], config: LanguageConfig, device: str, steps: Sequence[int], counts: Sequence[int]
+) -> tuple[list[dict[str, Peak]], dict[str, Peak], int]:
+    """Peaks by moment of `steps` with each of these numbers of micro-batches; those of what a run does beside them; and
+    the bytes of the fresh state."""
+    cuda = device == "cuda"
+    tally = Tally((lambda n: -(-n // 512) * 512) if cuda else (lambda n: n))
+    with FakeTensorMode(allow_non_fake_inputs=True), _Drawn():  # type: ignore[no-untyped-call]
+        segments, params, optimizer, key = build()
+        tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
+        with tally, tally.doing("start-up", "start-up workspace"):
+            state = optimizer.init(params)
+            _each(tally.name, state, optimizer.owner)
+        beside = {"start-up": tally.peaks()["start-up"], "resume": tally.present()}
+        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state, optimizer.owner)}.values())
+        step = Step(
+            segments,
+            params,
+            optimizer,
+            state,
+            key=key,
+            observer=_Watching(tally),
+            compiler=lambda function: fused(function, tally),
+            **step_options(config, device),
+        )
+        groups = {group.name for group in optimizer.owner.values()}
+        hypers = {name: {key: torch.zeros(()) for key in ("lr", "weight_decay")} for name in groups}
+        shape = config.micro_batch, config.sequence
+        found = []
+        for count in counts:
+            batches = [
+                {k: torch.zeros(shape, dtype=torch.int64) for k in ("input_ids", "targets")} for _ in range(count)
+            ]
+            tally.adopt("batch", (t for batch in batches for t in batch.values()))
+            before = tally.events()
+            for i in steps or _telling(optimizer, config.steps):
+                with tally, tally.doing("turn", "turn workspace"):
+                    step.turn(i)
+                    _each(tally.name, step.state, optimizer.owner)
+                with tally:
+                    step(batches, hypers, i)
+            found.append(tally.peaks(before))
+            del batches
+        if not steps:
+            beside |= {"evaluation": _evaluation(step, tally, shape), "saving": _saving(step, tally, config, cuda)}
+    return found, beside, fresh
+
+
+def _evaluation(step: Step, tally: Tally, shape: tuple[int, int]) -> Peak:
+    """The peak of an evaluation, whatever its moments."""
+    before = tally.events()
+    batch = {k: torch.zeros(shape, dtype=torch.int64) for k in ("input_ids", "targets")}
+    tally.adopt("batch", batch.values())
+    with tally:
+        step.chain.loss(step.view(), batch)
+    return max(tally.peaks(before).values(), key=lambda peak: peak.bytes)
+
+
+def _saving(step: Step, tally: Tally, config: LanguageConfig, cuda: bool) -> Peak:
+    """The peak of a save: weights are looked at and written one at a time. What is written in the background is copied
+    to the host first, which on the CPU is the memory that the run trains in."""
+    before = tally.events()
+    with tally, tally.doing("saving", "saving workspace"), torch.no_grad():
+        for name, p in step.params.items():
+            p.isfinite().all()
+            step.optimizer.merge({name: p}, {name: step.state[name]} if name in step.state else {})
+        if not cuda and config.save_async == "on":
+            copies = [
+                t.clone() for t in (*step.params.values(), *(t for _, t in _slots(step.state, step.optimizer.owner)))
+            ]
+            tally.name("copy for the disk", copies)
+            del copies
+    return tally.peaks(before)["saving"]
+
+
+class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Short permutations are drawn for real: what trains when is decided by them. What the host asks of a tensor, such
+    as whether a basis must be rebuilt, is answered with yes."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Dynamo runs under it."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.randperm.generator and args[0] <= LAYERS:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def _telling(optimizer: Optimizer, total: int) -> list[int]:
+    """The first step, which does all that any step does but turn, and the first that turns."""
+    return [0, *[i for i in range(1, min(total, 100_000)) if optimizer.turns(i)][:1]]
+
+
+def _slots(state: State, owner: Mapping[str, Group]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the state with its kind, as its rule declares it."""
+    for key, slots in state.items():
+        kinds = {slot.name: slot.kind for slot in owner[bare(key)].rule.slots}
+        for name, t in slots.items():
+            yield STATE + kinds[name], t
+
+
+def _each(tell: Callable[[str, list[Tensor]], None], state: State, owner: Mapping[str, Group]) -> None:
+    """Tell the kind of each; in a frame of its own, as a name left on a tensor would keep what a turn lets go."""
+    for kind, t in _slots(state, owner):
+        tell(kind, [t])
+
+
+class _Watching(Observer):
+    """Tells the tally what a step is doing, and what becomes of the tensors that it makes."""
+
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+
+    @contextmanager
+    def doing(self, moment: str, part: str) -> Iterator[None]:
+        mark = self.tally.mark()
+        with self.tally.doing(moment, f"{part} workspace" if part in ("refresh", "update") else "workspace"):
+            yield
+        if part == "forward":
+            self.tally.name_since(mark, "activations")
+
+    def made(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
+        self.tally.name(kind, tensors)

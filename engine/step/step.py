@@ -1,0 +1,271 @@
+"""One optimizer step: gradients from a chain of segments, each segment updated in place as they appear.
+
+    mode "segments"   compiled segments and updates, gradients of one segment at a time
+    mode "off"        the same, uncompiled
+
+Both give the same numbers, with activations stored or recomputed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.contract import Hyper, Optimizer, Params, State, UsageError, bare, part
+from optimizers.random import Key, fold, word
+
+from . import backward
+from .compile import compiled
+from .kernel import Kernel, make_kernel
+from .missing import Missing
+from .observer import Observer
+from .randomness import Draws
+from .segments import Batch, Chain, Segment, reciprocal, valid
+
+Mode = Literal["segments", "off"]
+Clip = Literal["none", "tensor", "global", "previous"]
+
+
+class Result(NamedTuple):
+    """Of a step: mean loss and global gradient norm before clipping (0-d float32), and what they are made of."""
+
+    loss: Tensor
+    norm: Tensor
+    squares: list[tuple[tuple[str, ...], Tensor]]  # names of a segment's trained parameters, their squared norms
+    refreshed: list[Tensor]  # a 0-d bool per rebuilt basis: was the gradient usable
+
+    def first_nonfinite(self) -> str | None:
+        """The first parameter, in the order of backward, whose gradient is not finite."""
+        for names, squares in self.squares:
+            for name, finite in zip(names, squares.isfinite().tolist(), strict=True):
+                if not finite:
+                    return name
+        return None
+
+
+class Step:
+    """The training step of one model. Parameters and slots move in place; both may be read and saved between calls."""
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        params: Params,
+        optimizer: Optimizer,
+        state: State,
+        *,
+        mode: Mode = "segments",
+        recompute: bool = False,
+        clip: Clip = "none",
+        clip_norm: float = 1.0,
+        compute_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        logits: int = 2**24,
+        key: Key = Key(0),  # noqa: B008 (an int)
+        observer: Observer | None = None,
+        compiler: Callable[[Any], Any] = compiled,
+    ) -> None:
+        """`params` holds the tensors to train under the full names that the segments use; `key` is that of all draws.
+
+        `clip`: "tensor" bounds each gradient's norm by `clip_norm`; "global" the norm of all, for which all must exist
+        before the first update; "previous" scales by what the previous step's global norm asks for, at no cost in
+        memory. `observer` is told what the step does; `compiler` is what mode "segments" compiles with. A parameter
+        that no group owns is frozen: the segments see it, and nothing moves it.
+
+        Raises UsageError where segments and `params` do not name the same tensors, and for a parameter that requires a
+        gradient and is owned by nobody.
+        """
+        self.device = next(iter(params.values())).device
+        self.observer, self.compiler = observer or Observer(), compiler if mode == "segments" else None
+        draws = Draws(self.device)
+        self.chain = Chain(segments, self.compiler, compute_dtype, logits, draws, self.observer)
+        self.buffers = self.chain.state  # those that are state, by full names: saved with the parameters
+        self.params, self.optimizer, self.state = params, optimizer, state
+        shown = self.view()
+        if set(self.chain.names) != shown.keys():
+            raise UsageError(
+                "segments and parameters name different tensors: "
+                f"only the segments {sorted(set(self.chain.names) - shown.keys())[:3]}, "
+                f"only the parameters {sorted(shown.keys() - set(self.chain.names))[:3]}"
+            )
+        lost = [n for n, p in params.items() if n not in optimizer.owner and p.requires_grad and _is_parameter(p)]
+        if lost:
+            raise UsageError(
+                f"parameter {lost[0]!r} requires a gradient, and is owned by no group of the optimizer; give it one, "
+                "or freeze it with requires_grad_(False)"
+            )
+        self.recompute, self.clip, self.key = recompute, clip, key
+        self.stochastic_rounding = stochastic_rounding
+        groups = {group.name: group for group in optimizer.owner.values()}
+        self.hypers: dict[str, Hyper] = {
+            name: {
+                "lr": torch.full((), float(group.lr), device=self.device),
+                "weight_decay": torch.full((), float(group.weight_decay), device=self.device),
+            }
+            for name, group in groups.items()
+        }
+        self.count = 0  # the step that comes next
+        self.clip_norm = torch.tensor(clip_norm, device=self.device)
+        self.previous = torch.tensor(0.0, device=self.device)  # the last step's norm; part of a run's state
+        self.missing = Missing(optimizer.owner, state)
+        self._kernels: dict[object, Kernel] = {}
+
+    def __call__(
+        self, batches: Sequence[Batch], hypers: Mapping[str, Hyper] | None = None, step: int | None = None
+    ) -> Result:
+        """Train on `batches`, the micro-batches of step `step` (by default the one after the last).
+
+        `hypers` holds 0-d lr and weight_decay by group, or some of them: the others are the groups' own. Raises
+        UsageError for a group that is not there, and for a loss that does not add over several micro-batches.
+        """
+        step = self.count if step is None else step
+        trainable, frozen = self._seen()
+        update = _Update(self, trainable, self._hypers(hypers or {}), step)
+        run = backward.recomputed if self.recompute else backward.stored
+        self.chain.train()
+        with self.chain.draws.of(fold(self.key, "forward", step)):
+            loss = run(self.chain, {**frozen, **trainable}, batches, self._scale(batches), update.use)
+        self.count = step + 1
+        return update.finish(loss)
+
+    def _seen(self) -> tuple[Params, Params]:
+        """The tensors that train now and those that do not, by the names that the segments use.
+
+        They are aliases: flags of the user's own parameters stay as they are.
+        """
+        trainable, frozen = self.optimizer.view(self.params, self.state)
+        held = {name for name in trainable if name in self.params and name not in self.optimizer.owner}
+        return (
+            {name: p.detach().requires_grad_() for name, p in trainable.items() if name not in held},
+            {name: p.detach() for name, p in {**frozen, **{name: trainable[name] for name in held}}.items()},
+        )
+
+    def _hypers(self, given: Mapping[str, Hyper]) -> Mapping[str, Hyper]:
+        if odd := given.keys() - self.hypers.keys():
+            raise UsageError(f"hypers: got a group {min(odd)!r}, expected some of {sorted(self.hypers)}")
+        return {name: {**own, **given[name]} if name in given else own for name, own in self.hypers.items()}
+
+    def view(self) -> Params:
+        """The tensors that the segments see now, by the names that they use."""
+        trainable, frozen = self._seen()
+        return {**frozen, **trainable}
+
+    @torch.no_grad()
+    def turn(self, step: int) -> bool:
+        """Change what is due before `step` (a mask, a subspace), one segment's parameters after another's.
+
+        Those with state go first, so that what leaves is freed before what comes is allocated.
+        """
+        if not self.optimizer.turns(step):
+            return False
+        state: State = {}
+        for names in sorted(self.chain.owned, key=lambda names: not part(self.state, names)):
+            params = {name: self.params[name] for name in names if name in self.params}
+            moved, own = self.optimizer.turn(params, part(self.state, params), step, self.key)
+            for name, p in moved.items():
+                if p is not params[name]:
+                    params[name].copy_(p)
+            for key in part(self.state, params):
+                del self.state[key]
+            state |= own
+        place = {name: i for i, name in enumerate(self.params)}
+        order = sorted(state, key=lambda key: (place[bare(key)], len(key)))
+        self.state |= {key: state[key] for key in order}
+        self.missing.look(self.state)
+        return True
+
+    def moved(self, names: Iterable[str]) -> list[str]:
+        """The parameters that these gradients move."""
+        return [self.optimizer.moves.get(name, name) for name in names]
+
+    def _scale(self, batches: Sequence[Batch]) -> Tensor:
+        """What a loss without a count is multiplied by: 1 / valid targets of the step, or 1 for a mean."""
+        if not self.chain.segments[-1].tokens:
+            return torch.ones((), device=self.device)
+        return reciprocal(valid(batches))
+
+    def kernel(self, names: tuple[str, ...]) -> Kernel:
+        """The update of these parameters, shared by all sets of parameters with the same rules, shapes and dtypes."""
+        rules = tuple(self.optimizer.owner[name].rule for name in names)
+        kind = rules, tuple((self.params[n].shape, self.params[n].dtype) for n in names)
+        if kind not in self._kernels:
+            kernel = make_kernel(rules, _scaling(self.clip))
+            self._kernels[kind] = self.compiler(kernel) if self.compiler else kernel
+        return self._kernels[kind]
+
+
+class _Update:
+    """The update half of one step: takes gradients as they come, rebuilds bases that are due, moves parameters."""
+
+    def __init__(self, step: Step, trainable: Params, hypers: Mapping[str, Hyper], count: int) -> None:
+        self.step, self.trainable, self.hypers, self.count = step, trainable, hypers, count
+        moved = step.moved(trainable)
+        self.due = set(step.optimizer.due(count)).intersection(moved)
+        self.missing = step.missing.names().intersection(moved)
+        self.squares: list[tuple[tuple[str, ...], Tensor]] = []
+        self.refreshed: list[Tensor] = []
+        self.waiting: list[Params] = []
+        self.bound = step.clip_norm
+        if step.clip == "previous":  # before the first step there is no norm, and no clipping
+            self.bound = torch.where(step.previous > 0, step.clip_norm / (step.previous + 1e-6), 1.0).clamp(max=1)
+
+    def use(self, grads: Params) -> None:
+        """Move these parameters now; or, where the global norm decides by how much, once all gradients are here."""
+        if grads and self.step.clip == "global":
+            self.waiting.append(grads)
+        elif grads:
+            self._move(grads)
+
+    def finish(self, loss: Tensor) -> Result:
+        """Move what waited for the global norm, and report."""
+        if self.waiting:
+            squares = [g.float().square().sum() for grads in self.waiting for g in grads.values()]
+            self.bound = (self.step.clip_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1)
+            while self.waiting:
+                self._move(self.waiting.pop(0))
+        norm = torch.cat([s for _, s in self.squares]).sum().sqrt() if self.squares else torch.zeros_like(loss)
+        self.step.previous = norm
+        return Result(loss, norm, self.squares, self.refreshed)
+
+    @torch.no_grad()
+    def _move(self, grads: Params) -> None:
+        names, state = self.step.moved(grads), self.step.state
+        for name, g in zip(names, grads.values(), strict=True):
+            if name in self.due or name in self.missing:
+                rule = self.step.optimizer.owner[name].rule
+                assert rule.refresh is not None, name
+                key = fold(self.step.key, name, self.count)
+                with self.step.observer.doing("refresh", "refresh"):
+                    slots, ok = rule.refresh(g, state[name], key, name not in self.due)
+                for slot, value in slots.items():
+                    if value is not state[name][slot]:
+                        state[name][slot].copy_(value)
+                if name in self.due:
+                    self.refreshed.append(ok)
+                if name in self.missing:
+                    self.step.missing.watch(name, state[name])
+        owner = self.step.optimizer.owner
+        held, hypers = [state[name] for name in names], [self.hypers[owner[name].name] for name in names]
+        params = [self.step.params[name].detach() for name in names]
+        kernel = self.step.kernel(tuple(names))
+        with self.step.observer.doing("update", "update"):
+            squares = kernel(list(grads.values()), held, params, hypers, self.bound, self._seeds(names))
+        self.squares.append((tuple(grads), squares))
+
+    def _seeds(self, names: Sequence[str]) -> Tensor | None:
+        """Of stochastic rounding, (len(names),) int32: for each tensor and step another one, and no pattern returns."""
+        if not self.step.stochastic_rounding:
+            return None
+        words = [word(self.step.key, "rounding", name, self.count) for name in names]
+        host = torch.tensor(words, dtype=torch.int32, pin_memory=self.step.device.type == "cuda")
+        return host.to(self.step.device, non_blocking=True)
+
+
+def _is_parameter(p: Tensor) -> bool:
+    """Does `p` belong to a module, so that its flag says whether it is to be trained?"""
+    return isinstance(p, nn.Parameter)
+
+
+def _scaling(clip: Clip) -> Literal["none", "tensor", "scale"]:
+    """What the kernel does with its bound."""
+    return "none" if clip == "none" else "tensor" if clip == "tensor" else "scale"

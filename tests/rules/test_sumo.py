@@ -1,0 +1,506 @@
+"""SUMO: a float64 replay of every profile, the properties that its algorithm promises, transfer, stacks, bytes."""
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.memory import counted_peak
+from engine.step.compile import compiled
+from engine.step.kernel import make_kernel
+from models.llama import PRESETS, Llama
+from optimizers import linalg
+from optimizers.apply import add, refresh
+from optimizers.contract import Group, Rule, Slots, UsageError, state_bytes
+from optimizers.linalg.polar import newton_schulz, polar
+from optimizers.partition import partition
+from optimizers.random import Key, normal
+from optimizers.rules.sumo import sumo, sumo_paper, sumo_release
+
+RANK, GAP = 3, 7
+SHAPES = [(12, 8), (8, 12), (9, 9)]
+each_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hyper(lr: float, weight_decay: float = 0.0) -> dict[str, Tensor]:
+    return {"lr": torch.tensor(lr), "weight_decay": torch.tensor(weight_decay)}
+
+
+def decaying(*shape: int, seed: int = 0) -> Tensor:
+    """Matrices whose singular values fall like 1 / i."""
+    u, _, vh = torch.linalg.svd(randn(*shape, seed=seed), full_matrices=False)
+    return u * torch.arange(1, min(shape[-2:]) + 1) ** -1.0 @ vh
+
+
+def run(rule: Rule, p: Tensor, steps: int, lr: float = 0.01, slots: Slots | None = None) -> tuple[Tensor, Slots]:
+    """Some steps with noisy gradients, refreshes among them."""
+    slots = slots or rule.init(p)
+    for t in range(steps):
+        g = decaying(*p.shape, seed=50 + t)
+        if t % rule.gap == 0:
+            slots, _ = rule.refresh(g, slots, Key(t))
+        delta, slots = rule.update(g, slots, p, hyper(lr))
+        p = add(p, delta)
+    return p, slots
+
+
+def update_of(rule: Rule, g: Tensor, slots: Slots, lr: float = 1.0) -> Tensor:
+    """U of a step at rate `lr`, which is -delta."""
+    return -rule.update(g, slots, torch.zeros_like(g), hyper(lr))[0]
+
+
+def value(q: Tensor) -> np.ndarray:
+    return q.double().numpy()
+
+
+def exact(x: np.ndarray) -> np.ndarray:
+    u, _, vh = np.linalg.svd(x, full_matrices=False)
+    return u @ vh
+
+
+# a replay of the algorithm in float64 ---------------------------------------------------------------------------------
+
+
+class Replay:
+    """Algorithm 1 on the rows of one matrix (m, n), Q (m, r); whoever projects columns passes everything transposed."""
+
+    def __init__(
+        self,
+        w,
+        *,
+        nesterov="correct",
+        moments="rotate",
+        limiter=None,
+        alpha="match",
+        rho=1.0,
+        perpendicular="raw",
+        decay="before",
+    ):
+        self.w, self.q, self.m, self.norm = w, None, 0.0, 0.0
+        self.nesterov, self.moments, self.limiter, self.rho = nesterov, moments, limiter, rho
+        self.perpendicular, self.decay = perpendicular, decay
+        self.alpha = np.sqrt(min(w.shape) / RANK) if alpha == "match" else alpha
+
+    def step(self, g, q, lr, wd, mu=0.95):
+        if self.q is not None and q is not self.q:
+            if self.moments == "rotate":
+                self.m = q.T @ self.q @ self.m
+            elif self.moments == "reset":
+                self.m = 0.0
+        self.q = q
+        c = q.T @ g
+        if self.nesterov == "release":
+            self.m = mu**2 * self.m + (1 + mu) * c
+        else:
+            self.m = mu * self.m + c
+        o = exact(c + mu * self.m if self.nesterov == "correct" else self.m)
+        if self.limiter:
+            norm = np.linalg.norm(o)
+            if self.norm and norm > self.limiter * self.norm:
+                o = o / norm * self.limiter * self.norm
+            self.norm = np.linalg.norm(o)
+        inside = 0.2 * np.sqrt(max(self.w.shape)) * q @ o
+        outside = g - q @ c
+        if self.perpendicular == "normalized":
+            outside = outside / np.linalg.norm(outside) * np.linalg.norm(inside)
+        moved = self.w - lr * self.alpha * (inside + self.rho * outside)
+        self.w = moved - lr * wd * (self.w if self.decay == "before" else moved)
+
+
+RELEASE = dict(nesterov="release", moments="keep", limiter=1.1, alpha=4.0, decay="after")
+REPLAYS: dict[str, tuple] = {
+    "recommended": (sumo, {}, {}),
+    "paper": (sumo_paper, {}, dict(nesterov="none", limiter=1.1, alpha=1.0)),
+    "release": (sumo_release, {}, RELEASE),
+    "paper, the printed side": (sumo_paper, dict(side="longer"), dict(nesterov="none", limiter=1.1, alpha=1.0)),
+    "release, the printed side": (sumo_release, dict(side="longer"), RELEASE),
+    **{f"moments {m}": (sumo, dict(moments=m), dict(moments=m)) for m in ("keep", "reset")},
+    "tight limiter": (sumo, dict(limiter=0.97), dict(limiter=0.97)),
+    "no perpendicular term": (sumo, dict(rho=0.0), dict(rho=0.0)),
+    "normalized": (sumo, dict(perpendicular="normalized", rho=0.3), dict(perpendicular="normalized", rho=0.3)),
+    "normalized, longer": (
+        sumo,
+        dict(perpendicular="normalized", side="longer", basis="track"),
+        dict(perpendicular="normalized"),
+    ),
+    "tracked": (sumo, dict(basis="track"), {}),
+    "leading directions": (sumo, dict(basis="range"), {}),
+    "longer side": (sumo, dict(side="longer"), {}),
+    **{f"by {m}": (sumo, dict(orthogonalize=m), {}) for m in ("svd", "lq", "polar_express")},
+}
+
+
+@pytest.mark.parametrize("case", REPLAYS)
+@each_shape
+def test_a_replay_in_float64(case, shape):
+    make, options, theirs = REPLAYS[case]
+    rule, p, lr, wd = make(RANK, GAP, **options), 0.1 * randn(*shape), 0.01, 0.1
+    other = options.get("side") == "longer"
+    turned = (shape[0] >= shape[1]) != other
+    upright = (lambda x: value(x).T) if turned else value
+    basis = options.get("basis", "random" if make is sumo else "range")
+    slots, replay, q = rule.init(p), Replay(upright(p), **theirs), None
+    for t in range(30):
+        g = decaying(*shape, seed=100 + t)
+        if t % GAP == 0:
+            slots, ok = rule.refresh(g, slots, Key(t))
+            old, q = q, value(slots["basis"])
+            assert ok and q.shape == (upright(p).shape[0], RANK)
+            np.testing.assert_allclose(q.T @ q, np.eye(RANK), atol=1e-6)
+            u = np.linalg.svd(upright(g))[0][:, :RANK]
+            y = value(normal(Key(t), q.shape))
+            if basis == "track":
+                u = np.linalg.qr(upright(g) @ upright(g).T @ (y if old is None else old))[0]
+            elif basis == "random":
+                u = np.linalg.qr(y if old is None else y - (1 - 1e-4) * old @ old.T @ y)[0]
+            exact = basis != "range" or make is sumo_release
+            np.testing.assert_allclose(q @ q.T, u @ u.T, atol=1e-4 if exact else 0.05)
+        replay.step(upright(g), q, lr, wd)
+        delta, slots = rule.update(g, slots, p, hyper(lr, wd))
+        p = add(p, delta)
+        np.testing.assert_allclose(upright(p), replay.w, rtol=0, atol=1e-6, err_msg=f"step {t}")
+
+
+@each_shape
+def test_the_first_step_by_hand(shape):
+    """A fresh moment is parallel to Ĝ, whose factor maps the leading directions of one side on those of the other."""
+    g, p = decaying(*shape, seed=3), randn(*shape)
+    rule = sumo(RANK, basis="svd", alpha=1.0)
+    slots, _ = rule.refresh(g, rule.init(p), Key(0))
+    delta, _ = rule.update(g, slots, p, hyper(0.1, 0.5))
+    u, s, vh = np.linalg.svd(value(g), full_matrices=False)
+    scaled = np.concatenate([np.full(RANK, 0.2 * np.sqrt(max(shape))), s[RANK:]])
+    np.testing.assert_allclose(value(delta), -0.1 * u * scaled @ vh - 0.05 * value(p), rtol=0, atol=3e-7)
+
+
+# what the algorithm promises ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [sumo, sumo_paper, sumo_release, partial(sumo, side="longer", basis="track")])
+def test_transposed_is_transposed(make):
+    rule = make(RANK, GAP)
+    a, b = randn(12, 8), randn(12, 8).T
+    one, two = rule.init(a), rule.init(b)
+    for t in range(10):
+        g = decaying(12, 8, seed=t)
+        if t % GAP == 0:
+            one, two = rule.refresh(g, one, Key(t))[0], rule.refresh(g.T, two, Key(t))[0]
+        (da, one), (db, two) = (rule.update(x, s, p, hyper(0.1)) for x, s, p in ((g, one, a), (g.T, two, b)))
+        a, b = add(a, da), add(b, db)
+        torch.testing.assert_close(a, b.T, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("make", [sumo, sumo_paper, partial(sumo_release, alpha=1.0)])
+@each_shape
+def test_inside_the_subspace_all_singular_values_are_s(make, shape):
+    rule = make(RANK, GAP, rho=0.0)
+    _, slots = run(rule, randn(*shape), 9)
+    alpha = np.sqrt(min(shape) / RANK) if make is sumo else 1.0
+    u = update_of(rule, decaying(*shape, seed=1), slots) / alpha
+    s, values = 0.2 * max(shape) ** 0.5, torch.linalg.svdvals(u.double())
+    torch.testing.assert_close(values[:RANK], torch.full((RANK,), s).double(), rtol=1e-6, atol=0)
+    assert float(values[RANK]) < 5e-7 * s
+    rms = 0.2 * (RANK / min(shape)) ** 0.5
+    assert float((u * alpha).square().mean().sqrt()) == pytest.approx(rms * alpha, rel=1e-6)
+    if make is sumo:
+        assert rms * alpha == pytest.approx(0.2), "that of a full-rank update"
+
+
+@each_shape
+@pytest.mark.parametrize("side", ["shorter", "longer"])
+def test_outside_the_subspace_is_plain_gradient_descent(shape, side):
+    rule = sumo(RANK, alpha=1.0, rho=0.7, side=side)
+    g, (_, slots) = decaying(*shape, seed=1), run(sumo(RANK, side=side), randn(*shape), 3)
+    q, other = slots["basis"], side == "longer"
+    outside = g - linalg.lift(linalg.project(g, q, other), q, g, other)
+    u = update_of(rule, g, slots)
+    got = u - linalg.lift(linalg.project(u, q, other), q, g, other)
+    torch.testing.assert_close(got, 0.7 * outside, rtol=0, atol=1e-6)
+
+
+@each_shape
+@pytest.mark.parametrize("side", ["shorter", "longer"])
+def test_outside_the_subspace_muon_may_move_it(shape, side):
+    """`perpendicular="orthogonal"`: inside as ever, outside s rho times the factor of what is there now."""
+    plain, rule = (
+        sumo(RANK, alpha=1.0, rho=rho, side=side, perpendicular=p) for p, rho in (("raw", 0), ("orthogonal", 0.7))
+    )
+    g, (_, slots) = decaying(*shape, seed=1), run(plain, randn(*shape), 3)
+    q, other = slots["basis"], side == "longer"
+    outside = g - linalg.lift(linalg.project(g, q, other), q, g, other)
+    s = 0.2 * max(shape) ** 0.5
+    expected = update_of(plain, g, slots) + 0.7 * s * newton_schulz(outside).float()
+    torch.testing.assert_close(update_of(rule, g, slots), expected, rtol=0, atol=1e-6)
+    values = torch.linalg.svdvals(update_of(rule, g, slots) / s)
+    assert values[0] < 1.3 and values[min(shape) - 1] > 0.1, "no direction stands still"
+
+
+@each_shape
+def test_transfer_keeps_the_moment_where_the_span_stays(shape):
+    """Other directions of the same span: QM, and the next step, are what they were."""
+    rule = sumo(RANK, GAP, basis="svd")
+    _, slots = run(rule, randn(*shape), 5)
+    weights = torch.randn(RANK, RANK, generator=torch.Generator().manual_seed(1))
+    turned = slots["basis"] @ torch.linalg.qr(weights)[0]
+    g = linalg.lift(linalg.project(decaying(*shape, seed=9), turned), turned, randn(*shape))  # its span is this one
+    new, ok = rule.refresh(g, slots, Key(1))
+    assert ok and not torch.allclose(new["basis"], slots["basis"], atol=0.1)
+    before, after = (linalg.lift(s["momentum_buffer"], s["basis"], g) for s in (slots, new))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-6 * float(before.norm()))
+    torch.testing.assert_close(update_of(rule, g, new), update_of(rule, g, slots), rtol=0, atol=2e-6)
+    stale, _ = sumo(RANK, GAP, basis="svd", moments="keep").refresh(g, slots, Key(1))
+    assert torch.equal(stale["momentum_buffer"], slots["momentum_buffer"])
+    cleared, _ = sumo(RANK, GAP, basis="svd", moments="reset").refresh(g, slots, Key(1))
+    assert not cleared["momentum_buffer"].any()
+
+
+@each_shape
+def test_the_limiter_does_nothing_to_exact_factors_and_works_on_others(shape):
+    p = randn(*shape)
+    free, limited = (run(sumo(RANK, GAP, limiter=limiter), p, 20)[0] for limiter in (None, 1.0001))
+    assert torch.equal(free, limited)
+    rule = sumo(RANK, GAP, limiter=0.5, rho=0.0)
+    sizes = [float((run(rule, p, t + 1)[0] - run(rule, p, t)[0]).norm()) for t in range(4)]
+    assert [b / a for a, b in pairwise(sizes)] == pytest.approx([0.5] * 3, rel=1e-3)
+
+
+def test_a_heavy_ball_is_an_average():
+    """Their moments differ by a factor, which the polar factor does not see."""
+    rule, p = sumo(RANK, nesterov="none", rho=0.0, alpha=1.0), torch.zeros(12, 8)
+    slots, average = rule.refresh(decaying(12, 8), rule.init(p), Key(0))[0], torch.zeros(12, RANK)
+    for t in range(20):
+        g = decaying(12, 8, seed=t)
+        delta, slots = rule.update(g, slots, p, hyper(1.0))
+        average = 0.95 * average + 0.05 * (g @ slots["basis"])
+        expected = 0.2 * 12**0.5 * polar(average) @ slots["basis"].T
+        torch.testing.assert_close(-delta, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [sumo, sumo_paper, sumo_release, partial(sumo, perpendicular="normalized")])
+@each_shape
+def test_without_a_gradient_nothing_moves(make, shape):
+    rule, p = make(RANK, GAP), randn(*shape)
+    slots, moved, zero = rule.init(p), p, torch.zeros(shape)
+    for t in range(3):
+        slots, ok = rule.refresh(zero, slots, Key(t))
+        delta, slots = rule.update(zero, slots, moved, hyper(0.1))
+        moved = add(moved, delta)
+        assert not ok
+    assert torch.equal(moved, p)
+
+
+# refreshes ------------------------------------------------------------------------------------------------------------
+
+
+@each_shape
+@pytest.mark.parametrize("side", ["shorter", "longer"])
+def test_a_random_sketch_finds_the_leading_directions(shape, side):
+    g, other = decaying(*shape, seed=4), side == "longer"
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    columns = linalg.tall(g) != other
+    best = vh[:RANK].T if columns else u[:, :RANK]
+    held = {}
+    for basis in ("range", "svd"):
+        slots, _ = (rule := sumo(RANK, basis=basis, side=side)).refresh(g, rule.init(g), Key(0))
+        q = slots["basis"]
+        held[basis] = float(linalg.project(g, q, other).square().sum() / s[:RANK].square().sum())
+        if basis == "svd":
+            torch.testing.assert_close(q @ q.T, best @ best.T, rtol=0, atol=1e-5)
+    assert held["svd"] == pytest.approx(1, abs=1e-5) and 0.999 < held["range"] <= 1.00001
+
+
+@each_shape
+@pytest.mark.parametrize("side", ["shorter", "longer"])
+def test_tracking_follows_a_gradient(shape, side):
+    """Multiplied by G G^T again and again the basis reaches G's leading directions, with a moment from the start."""
+    rule, old, new = sumo(RANK, basis="track", side=side), decaying(*shape, seed=1), decaying(*shape, seed=2)
+    other = side == "longer"
+    slots, _ = rule.refresh(old, rule.init(old), Key(0))
+    x = old if linalg.tall(old) != other else old.mT
+    start = normal(Key(0), tuple(slots["basis"].shape))
+    assert torch.equal(slots["basis"], torch.linalg.qr(x.mT @ (x @ start))[0]), "nothing to start from: at random"
+    _, slots = rule.update(old, slots, old, hyper(0.1))
+    held = [float(linalg.project(new, slots["basis"], other).norm())]
+    for t in range(40):
+        slots, ok = rule.refresh(new, slots, Key(t))
+        held.append(float(linalg.project(new, slots["basis"], other).norm()))
+        assert ok
+    best = float(torch.linalg.svdvals(new)[:RANK].norm())
+    assert all(b >= a - 1e-5 for a, b in pairwise(held)) and held[1] > 1.1 * held[0]
+    assert held[-1] == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [3, 4, 6, 8])
+def test_random_directions_are_new_as_long_as_there_are_new_ones(rank):
+    """Of 8, what two bases must share they share, and no more; each matrix of a stack stays away from its own."""
+    rule, p = sumo(rank, basis="random"), randn(2, 12, 8)
+    slots, _ = rule.refresh(randn(2, 12, 8, seed=1), rule.init(p), Key(0))
+    assert torch.equal(slots["basis"][0], slots["basis"][1]), "no moment yet: nothing to stay away from"
+    _, slots = rule.update(randn(2, 12, 8, seed=1), slots, p, hyper(0.1))
+    new, ok = rule.refresh(randn(2, 12, 8, seed=2), slots, Key(1))
+    q, shared = new["basis"], (slots["basis"].mT @ new["basis"]).square().sum((-2, -1))
+    assert ok and torch.allclose(q.mT @ q, torch.eye(rank).expand(2, rank, rank), atol=1e-5)
+    assert torch.allclose(shared, torch.full((2,), float(max(0, 2 * rank - 8))), atol=1e-3)
+    again, _ = rule.refresh(randn(2, 12, 8, seed=3), slots, Key(1))
+    assert torch.equal(again["basis"], q), "whatever the gradient"
+
+
+def test_a_basis_is_rebuilt_when_it_sees_too_little():
+    rule, p = sumo(RANK, 200, basis="range", refresh_below=0.5), randn(12, 8)
+    assert rule.gap == 1, "asked at every step"
+    optimizer = partition({"w": p}, [Group("sumo", rule, ("",), 0.01)])
+    state, bases = optimizer.init({"w": p}), []
+    q = torch.linalg.qr(randn(8, 8, seed=5))[0]
+    first, second = randn(12, 4) @ q[:, :4].T, randn(12, 4, seed=1) @ q[:, 4:].T  # of orthogonal row spaces
+    for t, g in enumerate([0.01 * first, first, first, second, second]):
+        state, (ok,) = refresh(optimizer, {"w": g}, state, t, Key(0))
+        assert ok
+        bases.append(state["w"]["basis"])
+        _, state = optimizer.update({"w": g}, state, {"w": p}, {"sumo": hyper(0.1)})
+    changed = [not torch.equal(a, b) for a, b in pairwise(bases)]
+    assert changed == [False, False, True, False]
+    below, _ = rule.refresh(0.1 * second / second.norm(), state["w"], Key(9))
+    assert not torch.equal(below["basis"], bases[-1]), "small enough"
+    assert all(below[k].is_contiguous() for k in below)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("basis", ["range", "svd", "track", "random"])
+def test_a_gradient_that_is_not_finite_poisons_nothing(bad, basis):
+    rule, p = sumo(RANK, GAP, basis=basis, limiter=1.1), randn(12, 8)
+    p, slots = run(rule, p, 5)
+    g = randn(12, 8)
+    g[3, 4] = bad
+    kept, ok = rule.refresh(g, slots, Key(0))
+    assert not ok and all(torch.equal(kept[k], slots[k]) for k in slots)
+    delta, new = rule.update(g, slots, p, hyper(0.1))
+    assert delta.isfinite().all() and all(v.isfinite().all() for v in new.values())
+    as_zero, _ = rule.update(torch.zeros(12, 8), slots, p, hyper(0.1))
+    assert torch.equal(delta, as_zero)
+
+
+# stacks of matrices ---------------------------------------------------------------------------------------------------
+
+
+STACKS = {
+    "sumo": sumo(RANK, GAP),
+    "track": sumo(RANK, GAP, basis="track", side="longer", perpendicular="normalized"),
+    "release": sumo_release(RANK, GAP),
+    "random": sumo(RANK, GAP, basis="random"),
+    "below": sumo(RANK, refresh_below=0.9),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_experts_move_as_if_each_were_alone(name, shape):
+    """One without tokens and one with a gradient that is not finite among them."""
+    rule = STACKS[name]
+    p = randn(4, *shape)
+    slots = rule.init(p)
+    alone = [(q, rule.init(q)) for q in p]
+    for t in range(9):
+        g = torch.stack([decaying(*shape, seed=10 * t + i) for i in range(4)])
+        g[1] = 0
+        if t == 7:
+            g[2, 0, 0] = torch.nan
+        if t % rule.gap == 0:
+            slots, ok = rule.refresh(g, slots, Key(t))
+            assert bool(ok) == (t != 7)
+        delta, slots = rule.update(g, slots, p, hyper(0.1))
+        p = add(p, delta)
+        for i, (q, s) in enumerate(alone):
+            if t % rule.gap == 0:
+                s, _ = rule.refresh(g[i], s, Key(t))
+            delta, s = rule.update(g[i], s, q, hyper(0.1))
+            alone[i] = add(q, delta), s
+    for i, (q, s) in enumerate(alone):
+        torch.testing.assert_close(p[i], q, rtol=0, atol=2e-5)
+        torch.testing.assert_close(slots["momentum_buffer"][i], s["momentum_buffer"], rtol=0, atol=2e-5)
+    assert torch.equal(p[1], randn(4, *shape)[1]), "no gradient, no step"
+
+
+@pytest.mark.compiles
+def test_compiled_equals_eager_and_holds_one_tensor_of_full_size():
+    """Stacks, as the property table compares matrices; and of full size the lifted update alone, the rest is fused."""
+    rules = [STACKS["track"], STACKS["release"], sumo(8), sumo(8)]
+    grads = [decaying(*shape) for shape in ((2, 12, 8), (2, 8, 12), (512, 256), (256, 512))]
+    results = []
+    for make in (compiled, lambda kernel: kernel):
+        params = [g.to(torch.bfloat16) if i == 1 else g.clone() for i, g in enumerate(grads)]
+        slots, kernel = [r.init(p) for r, p in zip(rules, params, strict=True)], make(make_kernel(rules))
+        call = partial(kernel, grads, slots, params, [hyper(0.1)] * 4, torch.tensor(1.0), None)
+        for t in range(2):
+            for i, rule in enumerate(rules):
+                slots[i] |= rule.refresh(grads[i], slots[i], Key(t))[0]
+            call()
+        results.append((params, slots, call))
+    for p, slots, q, expected in zip(*results[0][:2], *results[1][:2], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        for slot in slots:
+            torch.testing.assert_close(slots[slot], expected[slot], rtol=1e-5, atol=1e-5)
+    assert counted_peak(results[0][2]) < 1.5 * grads[2].numel() * 4 < counted_peak(results[1][2])
+
+
+# memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["60m", "130m", "350m", "1b", "7b"])
+def test_bytes_of_whole_models(model):
+    with torch.device("meta"):
+        shapes = [p.shape for n, p in Llama(PRESETS[model]).named_parameters() if "_proj" in n]
+    assert shapes
+    for rank in (128, 256):
+        for extra, options in ((0, {}), (4, dict(limiter=1.1)), (0, dict(side="longer", basis="track"))):
+            rule = sumo(rank, **options)
+            for shape in set(shapes):
+                slots = rule.init(torch.empty(shape, device="meta", dtype=torch.bfloat16))
+                assert state_bytes(slots) == 4 * sum(shape) * rank + extra
+
+
+# what others see ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [sumo, sumo_paper, sumo_release, partial(sumo, side="longer")])
+@each_shape
+def test_moments_are_said_and_taken_over(make, shape):
+    """The export of a constant gradient's moment is that gradient; what is adopted says it again."""
+    rule, g = make(RANK, GAP), randn(shape[0], RANK) @ randn(RANK, shape[1], seed=1)
+    slots = rule.refresh(g, rule.init(g), Key(0))[0]
+    q, other = slots["basis"], rule.init(g)["basis"].shape[0] != min(shape)
+    g = linalg.lift(linalg.project(g, q, other), q, g, other)  # what a random basis sees of it
+    for _ in range(300):
+        _, slots = rule.update(g, slots, g, hyper(0.1))
+    moments = rule.export(slots, g)
+    torch.testing.assert_close(moments.first, g, rtol=1e-3, atol=1e-3)
+    taken, did = rule.adopt(moments, rule.init(g), g, Key(1))
+    assert did == "projected" and {k: v.shape for k, v in taken.items()} == {k: v.shape for k, v in slots.items()}
+    torch.testing.assert_close(rule.export(taken, g).first, g, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: sumo(nesterov="on"), r"sumo: nesterov must be one of .*'correct'.* got 'on'"),
+        (lambda: sumo(basis="exact"), "basis must be .* got 'exact'"),
+        (lambda: sumo(moments="drop"), "moments must be .* got 'drop'"),
+        (lambda: sumo(side="left"), "side must be .* got 'left'"),
+        (lambda: sumo(perpendicular="none"), "perpendicular must be .* got 'none'"),
+        (lambda: sumo_paper(orthogonalize="qr"), "sumo_paper: orthogonalize must be .* got 'qr'"),
+        (lambda: sumo(alpha="auto"), "alpha must be .* got 'auto'"),
+        (lambda: sumo(update_proj_gap=0), "update_proj_gap must be at least 1, got 0"),
+        (lambda: sumo_release(momentum=1.0), r"sumo_release: momentum must lie in \[0, 1\), got 1.0"),
+        (lambda: sumo(9).init(torch.zeros(8, 20)), r"rank must lie in \[1, 8\] .* got 9"),
+        (lambda: sumo(1).init(torch.zeros(8)), "needs a matrix"),
+    ],
+)
+def test_what_cannot_be_done_is_named(make, named):
+    with pytest.raises(UsageError, match=named):
+        make()

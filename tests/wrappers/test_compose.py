@@ -1,0 +1,158 @@
+"""Wrappers over wrappers: each combination trains, resumes bitwise, and its state is the product of both savings."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.step.segments import cut
+from engine.step.step import Step
+from models.layers import attach
+from models.llama import Llama, LlamaConfig
+from optimizers.contract import Group, Optimizer, Params, State, UsageError, total_bytes
+from optimizers.partition import partition
+from optimizers.random import Key
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.sgd import sgd
+from optimizers.wrappers.omgd import omgd
+from optimizers.wrappers.rso import rso
+from optimizers.wrappers.traversal import layers, tensors, traversal
+
+SHAPE = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+)
+MATRICES = r"layers\.\d+\..*_proj\.weight$"
+PERIOD, STEPS = 3, 10
+
+
+def plain(params: Params, rule=None) -> Optimizer:
+    rule = rule or adamw()
+    return partition(params, [Group("main", rule, (MATRICES,), 0.01), Group("rest", adamw(), ("",), 0.01)])
+
+
+def masked(base: Optimizer, params: Params, policy: str = "drop", seed: int = 1, active: int = 2) -> Optimizer:
+    return omgd(base, params, traversal(layers(params), Key(seed), active=active, period=2), state_policy=policy)
+
+
+def low(base: Optimizer, params: Params, form: str = "merged", **options) -> Optimizer:
+    names = [n for n in params if re.search(MATRICES, n)]
+    return rso(base, params, names, 4, PERIOD, Key(7), form, **options)
+
+
+def narrow(base: Optimizer, params: Params) -> Optimizer:
+    return omgd(base, params, traversal(tensors(params, (MATRICES,)), Key(3), keep=0.5, period=3))
+
+
+COMPOSED: dict[str, tuple[Callable[[Params], Optimizer], str]] = {
+    "omgd over rso": (lambda p: masked(low(plain(p), p), p), "merged"),
+    "omgd over rso, products": (lambda p: masked(low(plain(p), p, "products"), p), "products"),
+    "omgd over rso, products, keep": (lambda p: masked(low(plain(p), p, "products"), p, "keep"), "products"),
+    "omgd over rso, warm-up, keep": (lambda p: masked(low(plain(p), p, warmup=2, moments="keep"), p, "keep"), "merged"),
+    "omgd over rso over galore": (lambda p: masked(low(plain(p, galore(2, 4)), p), p), "merged"),
+    "rso over omgd": (lambda p: low(masked(plain(p), p), p), "merged"),
+    "rso over omgd, products": (lambda p: low(masked(plain(p), p), p, "products"), "products"),
+    "rso over omgd, products, keep": (lambda p: low(masked(plain(p), p, "keep"), p, "products"), "products"),
+    "rso over omgd over galore": (lambda p: low(masked(plain(p, galore(2, 4)), p), p), "merged"),
+    "omgd over omgd": (lambda p: masked(masked(plain(p), p, active=3), p, seed=2), ""),
+    "omgd over masks of tensors": (lambda p: masked(narrow(plain(p), p), p), ""),
+    "omgd over omgd over rso": (lambda p: masked(masked(low(plain(p), p), p, active=3), p, seed=2), "merged"),
+    "omgd over rso over sgd without state": (lambda p: masked(low(plain(p, sgd(0.0)), p), p), "merged"),
+}
+each = pytest.mark.parametrize("name", COMPOSED)
+
+
+def engine(name: str, weights: Params | None = None, state: State | None = None) -> Step:
+    model = Llama(SHAPE, seed=0)
+    params = dict(model.named_parameters())
+    if weights:
+        for n, p in weights.items():
+            params[n].data.copy_(p)
+    make, form = COMPOSED[name]
+    optimizer = make(params)
+    if form:
+        attach(model, [n for n in params if re.search(MATRICES, n)], 4, form)
+    return Step(cut(model), params, optimizer, state or optimizer.init(params), mode="off", key=Key(5))
+
+
+def batch(t: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(t))
+    return {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+
+
+def train(step: Step, steps: range) -> list[float]:
+    hyper = {"lr": torch.tensor(0.01), "weight_decay": torch.tensor(0.0)}
+    losses = []
+    for t in steps:
+        step.turn(t)
+        losses.append(float(step([batch(t % 2)], {g.name: hyper for g in step.optimizer.owner.values()}, t).loss))
+    return losses
+
+
+def shapes(state: State) -> dict:
+    return {key: {slot: (t.shape, t.dtype) for slot, t in slots.items()} for key, slots in state.items()}
+
+
+@each
+def test_a_composition_learns_and_resumes_bitwise_anywhere(name):
+    whole = engine(name)
+    losses = train(whole, range(STEPS))
+    assert losses[-1] < losses[0]
+    for stop in (1, 2, 3, 4, 7):
+        first = engine(name)
+        train(first, range(stop))
+        state = {key: {slot: t.clone() for slot, t in slots.items()} for key, slots in first.state.items()}
+        expected = first.optimizer.init(first.params, stop)
+        assert shapes(expected) == shapes(state), "what a resumed run expects to find"
+        assert list(expected) == list(state)
+        second = engine(name, {n: p.detach().clone() for n, p in first.params.items()}, state)
+        train(second, range(stop, STEPS))
+        for n, p in whole.params.items():
+            assert torch.equal(p, second.params[n]), (n, stop)
+        assert shapes(whole.state) == shapes(second.state)
+        for key, slots in whole.state.items():
+            assert all(torch.equal(t, second.state[key][slot]) for slot, t in slots.items()), (key, stop)
+
+
+@pytest.mark.parametrize(
+    "name", ["omgd over rso, products", "rso over omgd, products", "rso over omgd, products, keep"]
+)
+def test_a_layer_that_leaves_takes_its_product_along(name):
+    """The function that the model computes is the same before and after a mask or a subspace changes."""
+    step = engine(name)
+    hyper = {"lr": torch.tensor(0.01), "weight_decay": torch.tensor(0.0)}
+    for t in range(STEPS):
+        losses = []
+        for change in (lambda: None, lambda t=t: step.turn(t)):
+            change()
+            losses.append(float(step.chain.loss(step.view(), batch(0))[0]))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5), t
+        step([batch(t % 2)], {g.name: hyper for g in step.optimizer.owner.values()}, t)
+
+
+def test_state_is_the_product_of_both_savings():
+    params = dict(Llama(SHAPE, seed=0).named_parameters())
+    under = {n: p for n, p in params.items() if re.search(MATRICES, n)}
+
+    def held(made: Optimizer) -> int:
+        state = made.init(params)
+        return total_bytes(
+            {n: {s: t for s, t in state[n].items() if s.startswith("exp_avg")} for n in under if n in state}
+        )
+
+    alone, mask, subspace = held(plain(params)), held(masked(plain(params), params)), held(low(plain(params), params))
+    for made in (masked(low(plain(params), params), params), low(masked(plain(params), params), params)):
+        assert held(made) / alone == pytest.approx((mask / alone) * (subspace / alone), rel=1e-6)
+
+
+def test_masks_over_masks_drop_what_is_frozen():
+    params = dict(Llama(SHAPE, seed=0).named_parameters())
+    with pytest.raises(UsageError, match="masks over masks drop .* got state_policy 'keep' over 'drop'"):
+        masked(masked(plain(params), params), params, "keep")
