@@ -1,24 +1,19 @@
-"""Subset-Norm and Subspace-Momentum: the authors' trajectories, a float64 replay, reductions, projections, bytes."""
+"""Subset-Norm and Subspace-Momentum: the authors' trajectories, a float64 replay, what they reduce to, options."""
 
 import json
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.close import assert_follows
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.matrices import decaying, hyper, randn
 from torch import Tensor
 
-from engine.memory import counted_peak
-from engine.step.compile import compiled
-from engine.step.kernel import make_kernel
 from optimizers import linalg
 from optimizers.apply import add, refresh
 from optimizers.clock import clock
-from optimizers.contract import Group, Rule, Slots, UsageError, state_bytes
+from optimizers.contract import Group, Rule, Slots, UsageError
 from optimizers.linalg import projections
 from optimizers.partition import partition
 from optimizers.random import Key
@@ -28,31 +23,14 @@ from optimizers.rules.snsm import (
     adam_sm,
     adam_sn,
     adam_snsm,
-    grouped,
     rmsprop_sn,
     sgd_sm,
     snsm,
-    sums,
 )
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "snsm"
 KINDS = projections.KINDS
-DENSE = ("auto", "svd", "range", "random")
 SHAPES = [(8, 12), (12, 8), (16, 16), (5, 3)]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def hyper(lr: float, weight_decay: float = 0.0) -> dict[str, Tensor]:
-    return {"lr": torch.tensor(lr), "weight_decay": torch.tensor(weight_decay)}
-
-
-def decaying(m: int, n: int, power: float = 1.0, seed: int = 0) -> Tensor:
-    """A matrix whose singular values fall like i^-power."""
-    u, _, vh = torch.linalg.svd(randn(m, n, seed=seed), full_matrices=False)
-    return u @ torch.diag(torch.arange(1, min(m, n) + 1) ** -power) @ vh
 
 
 # the authors' runs -------------------------------------------------------------------------------------------------
@@ -364,318 +342,3 @@ def test_a_subspace_needs_a_matrix_and_a_rank_that_fits(kind):
     for shape, rank in (((8, 3), 4), ((3, 8), 4), ((8, 8), 0), ((8,), 1), ((), 1)):
         with pytest.raises(UsageError, match="rank must lie|needs a matrix"):
             snsm(rank, proj_type=kind).init(torch.zeros(shape))
-
-
-# subsets ------------------------------------------------------------------------------------------------------------
-
-shapes = st.lists(st.integers(1, 12), max_size=4).map(tuple)
-subsets = st.one_of(st.sampled_from(["heuristic", "sqrt", "coordinate"]), st.integers(1, 60), st.integers(-9, -1))
-
-
-@given(shapes, subsets)
-def test_subsets_partition_the_entries_of_any_tensor(shape, subset):
-    g = randn(*shape) + 0.1
-    w = sums(g, subset)
-    torch.testing.assert_close(w.sum(), g.square().sum())
-    view = grouped(g, subset)
-    assert torch.broadcast_shapes(w.shape, view.shape) == view.shape, "it must divide the numerator as it is"
-    if subset == "coordinate" or (subset == "heuristic" and len(shape) < 2):
-        assert w.shape == g.shape
-    elif subset == "heuristic":
-        assert w.numel() * min(shape[-2:]) == g.numel()
-    else:
-        bound = g.numel() ** 0.5 if subset == "sqrt" else subset if subset > 0 else g.numel() ** 0.5 / -subset
-        k = g.numel() // w.numel()
-        assert k == max(d for d in range(1, g.numel() + 1) if g.numel() % d == 0 and d <= max(1, bound))
-
-
-@given(shapes, subsets.filter(lambda s: s != "coordinate"), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=50)
-def test_any_tensor_can_be_moved(shape, subset, dtype):
-    p = randn(*shape).to(dtype)
-    rule = adam_sn(subset=subset)
-    delta, slots = rule.update(p, rule.init(p), p, hyper(0.01, 0.1))
-    assert delta.shape == p.shape and delta.dtype == torch.float32 and delta.isfinite().all()
-    assert all(s.dtype in (torch.float32, torch.float64) and s.is_contiguous() for s in slots.values())
-    assert (delta.sign() == -p.sign()).all()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stack_of_matrices_moves_as_its_matrices_do(kind):
-    """Expert stacks: leading dimensions are a batch, for the subsets and for the projections."""
-    stack = torch.stack([decaying(9, 6, seed=i) for i in range(3)]).to(torch.bfloat16)
-    rule = snsm(2, proj_type=kind)
-    slots, ok = rule.refresh(stack, rule.init(stack), Key(5))
-    assert ok
-    delta, new = rule.update(stack, slots, stack, hyper(0.01))
-    assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in slots.items()}
-    for i in range(3):
-        one = {k: v if v.ndim < 2 else v[i] for k, v in slots.items()}
-        torch.testing.assert_close(rule.update(stack[i], one, stack[i], hyper(0.01))[0], delta[i])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_idle_expert_does_not_stop_a_refresh(kind):
-    """A stack in which one matrix got no token, hence no gradient."""
-    stack = torch.stack([decaying(140, 150), torch.zeros(140, 150)])
-    slots, ok = snsm(4, proj_type=kind).refresh(stack, snsm(4, proj_type=kind).init(stack), Key(5))
-    assert ok and all(s.isfinite().all() for s in slots.values())
-    if "basis" in slots:
-        assert torch.allclose(slots["basis"][0].mT @ slots["basis"][0], torch.eye(4), atol=1e-5)
-        waits = kind != "random"  # that one has the same for both
-        assert linalg.missing(slots["basis"]).flatten().tolist() == [False, waits]
-
-
-# projections --------------------------------------------------------------------------------------------------------
-
-
-def drawn(kind: str, g: Tensor, rank: int, seed: int = 0) -> Slots:
-    q, ok = projections.draw(kind, g, rank, Key(seed))
-    assert ok and all(x.is_contiguous() for x in q.values())
-    return q
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(8, 8), (40, 24), (24, 40), (7, 11), (192, 160), (2, 9, 6)])
-def test_projections_are_orthogonal(kind, shape):
-    g, c = randn(*shape), None
-    q = drawn(kind, g, 5)
-    assert {k: (v.shape, v.dtype) for k, v in q.items()} == {
-        k: (v.shape, v.dtype) for k, v in projections.blank(kind, g, 5).items()
-    }
-    c = randn(*projections.down(g, q).shape, seed=1)
-    torch.testing.assert_close(projections.down(projections.up(c, q, g), q), c, rtol=0, atol=1e-5)
-    inner = (projections.down(g, q) * c).sum()
-    torch.testing.assert_close(inner, (g * projections.up(c, q, g)).sum(), rtol=1e-4, atol=1e-4)
-    if "basis" in q:
-        eye = q["basis"].mT @ q["basis"]
-        torch.testing.assert_close(eye, torch.eye(5).expand_as(eye), rtol=0, atol=1e-5)
-    assert projections.down(g, q).shape[projections.compressed(kind, g)] == 5
-
-
-@pytest.mark.parametrize("kind", ["random", "srht", "uniform"])
-@pytest.mark.parametrize("shape", [(16, 32), (40, 24), (12, 12)])
-def test_random_projections_hold_their_share_of_energy(kind, shape):
-    """r / m on average, also of a matrix with all its energy in one entry."""
-    spike = torch.zeros(shape)
-    spike[1, 2] = 1
-    for g in (randn(*shape), decaying(*shape), spike):
-        shares = [(projections.down(g, drawn(kind, g, 6, s)).square().sum() / g.square().sum()) for s in range(400)]
-        side = shape[0] if projections.compressed(kind, g) == -2 else shape[1]
-        error = torch.stack(shares).std() / 20
-        assert abs(torch.stack(shares).mean() - 6 / side) < 4 * error + 1e-6
-
-
-def test_draws_depend_on_the_key_alone():
-    for kind in ("random", "srht", "uniform", "range"):
-        g = decaying(200, 144)
-        a, b, c = (drawn(kind, g, 4, seed) for seed in (1, 1, 2))
-        assert all(torch.equal(a[k], b[k]) for k in a)
-        assert any(not torch.equal(a[k], c[k]) for k in a)
-
-
-@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
-def test_topk_takes_the_largest_slices(shape):
-    g = randn(*shape)
-    norms = (g.numpy() ** 2).sum(1 if shape[0] >= shape[1] else 0)
-    assert drawn("topk", g, 3)["index"].tolist() == np.argsort(-norms)[:3].tolist(), "largest first"
-
-
-@pytest.mark.parametrize("shape", [(160, 130), (130, 300), (512, 256), (3, 140, 132)])
-@pytest.mark.parametrize("rank", [8, 33, 100])
-def test_the_range_finder_captures_what_the_exact_basis_does(shape, rank):
-    g = torch.stack([decaying(*shape[-2:], power=0.7, seed=i) for i in range(3)])[: shape[0] if len(shape) > 2 else 1]
-    g = g.reshape(shape)
-    exact, found = (linalg.project(g, q).square().sum() for q in (
-        linalg.svd_basis(g, rank), linalg.range_basis(g, rank, Key(1))
-    ))  # fmt: skip
-    assert found > 0.99 * exact
-    assert torch.equal(drawn("auto", g, rank)["basis"], linalg.range_basis(g, rank, Key(0))), "g is large"
-
-
-def test_passes_over_g_and_its_gram_matrix_find_the_same():
-    g = decaying(300, 200)
-    assert torch.allclose(linalg.gram(g), g.mT @ g, atol=1e-6)
-    shares = [
-        (
-            linalg.project(g, linalg.range_basis(g, rank, Key(1))).square().sum()
-            / linalg.project(g, linalg.svd_basis(g, rank)).square().sum()
-        )
-        for rank in (4, 60)
-    ]
-    assert all(share > 0.99 for share in shares), "4 directions are found by passes, 60 in the Gram matrix"
-
-
-def test_scale_does_not_matter_to_the_range_finder():
-    g = decaying(200, 150)
-    for scale in (1e-12, 1e8):
-        q = linalg.range_basis(g * scale, 20, Key(1))
-        assert torch.allclose(q.mT @ q, torch.eye(20), atol=1e-5)
-        assert linalg.project(g, q).square().sum() > 0.99 * linalg.project(g, linalg.svd_basis(g, 20)).square().sum()
-
-
-@given(st.integers(1, 300))
-@settings(max_examples=40)
-def test_the_transform_is_flat_orthogonal_and_its_own_inverse(n):
-    eye = torch.eye(n)
-    h = linalg.transform(eye, -1)
-    torch.testing.assert_close(h @ h.mT, eye, rtol=0, atol=1e-5)
-    torch.testing.assert_close(linalg.transform(h, -1), eye, rtol=0, atol=1e-5)
-    torch.testing.assert_close(linalg.transform(eye, -2), h, rtol=0, atol=1e-5)
-    assert h.abs().max() < 2.001 / n**0.5
-    if n & (n - 1) == 0:
-        assert torch.equal(h.abs(), torch.full((n, n), 1.0).div(n**0.5)) or h.abs().sub(n**-0.5).abs().max() < 1e-6
-
-
-@given(st.integers(1, 5000), st.integers(-3, 6000))
-def test_the_largest_divisor(n, bound):
-    assert linalg.largest_divisor(n, bound) == max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, bound))
-
-
-# refresh ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (150, 140)])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0])
-def test_a_useless_gradient_changes_nothing_at_a_refresh(kind, shape, bad):
-    for moments, compat in (("reset", ""), ("rotate", ""), ("keep", ""), ("reset", "sn-sm")):
-        rule = snsm(3, proj_type=kind, moments=moments, compat=compat)
-        p, g = randn(*shape), decaying(*shape)
-        slots, _ = rule.refresh(g, rule.init(p), Key(1))
-        _, slots = rule.update(g, slots, p, hyper(0.1))
-        poisoned = g.clone()
-        poisoned[2, 3] = bad
-        kept, ok = rule.refresh(poisoned if bad else torch.zeros_like(g), slots, Key(2))
-        assert not ok
-        assert all(torch.equal(kept[k], slots[k]) for k in slots) and kept.keys() == slots.keys()
-        after, ok = rule.refresh(g, kept, Key(3))
-        assert ok and all(v.isfinite().all() for v in after.values())
-
-
-def test_a_refresh_clears_keeps_or_carries_the_momentum():
-    g, h = decaying(9, 6, seed=1), decaying(9, 6, seed=2)
-    after = {}
-    for moments, compat in (("reset", ""), ("keep", ""), ("rotate", ""), ("reset", "sn-sm")):
-        rule = snsm(3, proj_type="svd", moments=moments, compat=compat)
-        slots, _ = rule.refresh(g, rule.init(g), Key(1))
-        _, before = rule.update(g, slots, g, hyper(0.1))
-        after[moments + compat], _ = rule.refresh(h, before, Key(2))
-    assert not after["reset"]["exp_avg"].any()
-    assert torch.equal(after["keep"]["exp_avg"], before["exp_avg"])
-    r = after["rotate"]["basis"].mT @ before["basis"]
-    torch.testing.assert_close(after["rotate"]["exp_avg"], before["exp_avg"] @ r.mT)
-    stale = after["resetsn-sm"]
-    assert torch.equal(stale["exp_avg"], before["exp_avg"]), "used once more"
-    _, used = rule.update(h, stale, g, hyper(0.1))
-    assert not used["exp_avg"].any()
-    _, used = rule.update(h, used, g, hyper(0.1))
-    assert used["exp_avg"].any()
-
-
-# bytes --------------------------------------------------------------------------------------------------------------
-
-MODELS = {  # hidden, intermediate, layers; vocabulary 32000, untied, no biases
-    "60M": (512, 1376, 8),
-    "130M": (768, 2048, 12),
-    "350M": (1024, 2736, 24),
-    "1B": (2048, 5461, 24),
-    "3B": (2560, 6848, 32),
-    "7B": (4096, 11008, 32),
-}
-RANKS = {"60M": 128, "130M": 256, "350M": 256, "1B": 512, "7B": 1024}
-GIB = {  # of bf16, as the specification prints or computes them
-    "adam_sn": dict(zip(MODELS, (0.139, 0.296, 0.747, 2.618, 5.158, 12.799), strict=True)),
-    "rmsprop_sn": dict(zip(MODELS, (0.031, 0.046, 0.062, 0.123, 0.155, 0.248), strict=True)),
-    "svd": dict(zip(RANKS, (0.088, 0.191, 0.361, 1.169, 5.327), strict=True)),
-    "topk": dict(zip(RANKS, (0.068, 0.123, 0.205, 0.576, 2.250), strict=True)),
-}
-
-
-@cache
-def inventory(model: str) -> tuple[list[tuple[int, int]], int]:
-    """(shapes of the Linear weights, elements of everything else)."""
-    d, f, layers = MODELS[model]
-    block = [(d, d)] * 4 + [(f, d)] * 2 + [(d, f)]
-    return block * layers + [(32000, d)], 32000 * d + (2 * layers + 1) * d
-
-
-def held(rule: Rule, model: str) -> int:
-    """State bytes of the Linear weights under `rule`, without the scalars of `clock`."""
-    total = 0
-    for shape in inventory(model)[0]:
-        p = torch.empty(shape, device="meta", dtype=torch.bfloat16)
-        slots = rule.init(p)
-        assert all(s.device.type == "meta" for s in slots.values())
-        total += state_bytes(slots) - state_bytes(clock(p))
-    return total
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_state_bytes_equal_the_formulas(model):
-    linear, rest = inventory(model)
-    elements = sum(m * n for m, n in linear)
-    longer, shorter = sum(max(s) for s in linear), sum(min(s) for s in linear)
-    counts = {"adam_sn": (held(adam_sn(), model), elements + longer, rest)}
-    counts["rmsprop_sn"] = held(rmsprop_sn(), model), longer, 0
-    for name in ("adam_sn", "rmsprop_sn"):
-        got, formula, other = counts[name]
-        assert got == 4 * formula
-        assert abs(2 * (formula + other + rest) / 2**30 - GIB[name][model]) < 6e-4
-    if model in RANKS:
-        r, count = RANKS[model], len(linear)
-        both = r * (longer + shorter)
-        for kind in DENSE:
-            assert held(snsm(r, proj_type=kind), model) == 4 * (both + longer)
-        for kind in ("topk", "uniform"):
-            assert held(snsm(r, proj_type=kind), model) == 4 * (r * shorter + longer) + 8 * r * count
-        assert held(snsm(r, proj_type="srht"), model) == 4 * (r + 1) * longer + 8 * r * count + shorter
-        assert held(adam_sm(r), model) == 4 * (both + elements)
-        assert held(sgd_sm(r), model) == 4 * both
-        assert held(adagrad_snsm(r), model) == held(adam_snsm(r), model) == 4 * (both + longer)
-        assert abs(2 * (both + longer + 2 * rest) / 2**30 - GIB["svd"][model]) < 6e-4
-        assert abs(2 * (r * shorter + longer + 2 * rest) / 2**30 - GIB["topk"][model]) < 6e-4
-    assert held(adam_sn(subset=-2), model) == pytest.approx(held(adam_sn(), model), rel=1e-3)
-
-
-# compiled -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.compiles
-def test_compiled_kernels_do_as_eager_ones():
-    """One graph with every kind of projection, subsets that straddle rows, and the first release's refresh."""
-    cases = [(snsm(4, proj_type=kind), (12, 16)) for kind in ("svd", "topk", "srht")]
-    cases += [(snsm(4, proj_type="uniform", subset=-2), (18, 16)), (adam_snsm(4, compat="sn-sm"), (18, 16))]
-    cases += [(snsm(4, proj_type="srht", correct_complement=False), (18, 12)), (snsm(2, proj_type="topk"), (2, 9, 6))]
-    rules = [rule for rule, _ in cases]
-    results = []
-    for make in (compiled, lambda kernel: kernel):
-        kernel = make(make_kernel(rules))
-        params = [
-            randn(*shape, seed=i).to(torch.bfloat16 if i == 1 else torch.float32) for i, (_, shape) in enumerate(cases)
-        ]
-        slots = [rule.init(p) for rule, p in zip(rules, params, strict=True)]
-        for t in range(3):
-            grads = [randn(*p.shape, seed=10 * t + i) for i, p in enumerate(params)]
-            if t != 1:
-                for i, rule in enumerate(rules):
-                    for k, v in rule.refresh(grads[i], slots[i], Key(t))[0].items():
-                        slots[i][k] = v
-            kernel(grads, slots, params, [hyper(0.01 / (1 + t), 0.1)] * len(rules), torch.tensor(1.0), None)
-        results.append((params, slots))
-    for (rule, shape), a, b, s, r in zip(cases, *(x for pair in zip(*results, strict=True) for x in pair), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, n=(rule.name, shape): f"{n}: {m}")
-        for k in s:
-            torch.testing.assert_close(s[k], r[k], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.compiles
-def test_slices_need_no_buffer_of_full_size():
-    """Rows and columns alike: not the zero-filled scatters of the authors' code."""
-    rule = snsm(8, proj_type="topk")
-    params = [randn(512, 256), randn(256, 512)]
-    slots = [rule.init(p) for p in params]
-    kernel = compiled(make_kernel([rule] * 2))
-    run = partial(kernel, params, slots, params, [hyper(0.0)] * 2, torch.tensor(1.0), None)
-    run()
-    assert counted_peak(run) < params[0].numel() * 4 / 8

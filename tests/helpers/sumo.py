@@ -1,0 +1,34 @@
+"""SUMO on small matrices."""
+
+import torch
+from torch import Tensor
+
+from optimizers.apply import add
+from optimizers.contract import Rule, Slots
+from optimizers.random import Key
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def hyper(lr: float, weight_decay: float = 0.0) -> dict[str, Tensor]:
+    return {"lr": torch.tensor(lr), "weight_decay": torch.tensor(weight_decay)}
+
+
+def decaying(*shape: int, seed: int = 0) -> Tensor:
+    """Matrices whose singular values fall like 1 / i."""
+    u, _, vh = torch.linalg.svd(randn(*shape, seed=seed), full_matrices=False)
+    return u * torch.arange(1, min(shape[-2:]) + 1) ** -1.0 @ vh
+
+
+def run(rule: Rule, p: Tensor, steps: int, lr: float = 0.01, slots: Slots | None = None) -> tuple[Tensor, Slots]:
+    """Some steps with noisy gradients, refreshes among them."""
+    slots = slots or rule.init(p)
+    for t in range(steps):
+        g = decaying(*p.shape, seed=50 + t)
+        if t % rule.gap == 0:
+            slots, _ = rule.refresh(g, slots, Key(t))
+        delta, slots = rule.update(g, slots, p, hyper(lr))
+        p = add(p, delta)
+    return p, slots

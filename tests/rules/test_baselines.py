@@ -1,0 +1,110 @@
+"""The baselines: parity with torch.optim, and GaLore's algorithm in float64."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.close import assert_follows
+from helpers.rules_tmp import hyper, randn
+
+from optimizers.apply import add
+from optimizers.contract import Rule, UsageError
+from optimizers.random import Key
+from optimizers.rules.adamw import adamw
+from optimizers.rules.galore import galore
+from optimizers.rules.muon import muon
+from optimizers.rules.sgd import sgd
+
+RANK, GAP = 4, 3
+
+
+# torch.optim --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "library", "decay"),
+    [
+        (adamw(), lambda q: torch.optim.AdamW(q, lr=0.01, weight_decay=0.1), 0.1),
+        (adamw((0.8, 0.95), 1e-4), lambda q: torch.optim.AdamW(q, lr=0.01, betas=(0.8, 0.95), eps=1e-4), 0.01),
+        (sgd(), lambda q: torch.optim.SGD(q, lr=0.01, momentum=0.9), 0.0),
+        (sgd(nesterov=True), lambda q: torch.optim.SGD(q, lr=0.01, momentum=0.9, nesterov=True), 0.0),
+        (sgd(0.0), lambda q: torch.optim.SGD(q, lr=0.01), 0.0),
+        (muon(), lambda q: torch.optim.Muon(q, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), 0.1),
+        (muon(adjust_lr="original"), lambda q: torch.optim.Muon(q, lr=0.01, adjust_lr_fn="original"), 0.1),
+        (
+            muon(nesterov=False),
+            lambda q: torch.optim.Muon(q, 0.01, 0.1, nesterov=False, adjust_lr_fn="match_rms_adamw"),
+            0.1,
+        ),
+    ],
+    ids=lambda value: value.name if isinstance(value, Rule) else "",
+)
+def test_parity_with_torch(rule, library, decay):
+    ours = [randn(16, 24), randn(24, 16, seed=1)]
+    theirs = [p.clone().requires_grad_() for p in ours]
+    optimizer, slots = library(theirs), [rule.init(p) for p in ours]
+    for t in range(20):
+        for i, q in enumerate(theirs):
+            q.grad = randn(*q.shape, seed=100 + 2 * t + i)
+            delta, slots[i] = rule.update(q.grad.clone(), slots[i], ours[i], hyper(0.01, decay))
+            ours[i] = add(ours[i], delta)
+        optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert float((p - q).norm() / q.norm()) < 1e-6
+
+
+# GaLore -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("shape", [(14, 9), (9, 14)])
+@pytest.mark.parametrize("method", ["svd", "range"])
+def test_galore_is_its_algorithm_in_float64(moments, shape, method):
+    b1, b2, eps, lr, wd, scale = 0.9, 0.999, 1e-6, 0.01, 0.1, 0.25
+    rule, p = galore(RANK, GAP, scale, (b1, b2), eps, moments, method), randn(*shape)
+    slots, w, tall = rule.init(p), p.double().numpy(), shape[0] >= shape[1]
+    m = v = np.zeros((shape[0], RANK) if tall else (RANK, shape[1]))
+    q, since, way = None, 0, np.zeros(shape)
+    for t in range(1, 11):
+        g = randn(*shape, seed=t) @ torch.diag(torch.arange(1, shape[1] + 1) ** -1.0)
+        if (t - 1) % GAP == 0:
+            old, (slots, ok) = q, rule.refresh(g, slots, Key(t))
+            assert ok
+            q = slots["basis"].double().numpy()
+            u, _, vh = np.linalg.svd(g.double().numpy(), full_matrices=False)
+            exact = vh[:RANK].T if tall else u[:, :RANK]
+            if method == "svd":
+                np.testing.assert_allclose(np.abs((q * exact).sum(0)), 1, atol=1e-5)
+            if old is not None and moments == "reset":
+                m, v, since = np.zeros_like(m), np.zeros_like(v), t - 1
+            elif old is not None and moments == "rotate":
+                r = q.T @ old
+                m, v = (m @ r.T, v @ (r**2).T) if tall else (r @ m, r**2 @ v)
+        d = g.double().numpy()
+        c = d @ q if tall else q.T @ d
+        m, v = b1 * m + (1 - b1) * c, b2 * v + (1 - b2) * c**2
+        n = m / (np.sqrt(v) + eps) * np.sqrt(1 - b2 ** (t - since)) / (1 - b1 ** (t - since))
+        before = w
+        w = w - lr * scale * (n @ q.T if tall else q @ n)
+        w = w - lr * wd * w
+        way += np.abs(w - before)
+        delta, slots = rule.update(g, slots, p, hyper(lr, wd))
+        p = add(p, delta)
+        assert_follows(p, w, way, atol=1e-6, said=f"step {t}")
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: galore(moments="drop"), "moments .* got 'drop'"),
+        (lambda: galore(basis="exact"), "basis .* got 'exact'"),
+        (lambda: muon(adjust_lr="spectral"), "adjust_lr .* got 'spectral'"),
+        (lambda: muon(orthogonalize="qr"), "orthogonalize .* got 'qr'"),
+        (lambda: sgd(0.0, nesterov=True), "nesterov needs a momentum"),
+        (lambda: muon().init(torch.zeros(3)), r"muon needs a matrix, got shape \(3,\)"),
+        (lambda: galore(9).init(torch.zeros(8, 20)), r"rank must lie in \[1, 8\] .* got 9"),
+        (lambda: galore(1).init(torch.zeros(8)), "needs a matrix"),
+    ],
+)
+def test_what_cannot_be_done_is_named(make, named):
+    with pytest.raises(UsageError, match=named):
+        make()
