@@ -1,8 +1,11 @@
-"""Matrices that rules are tried on, and what a trainer gives to a rule."""
+"""Matrices that rules are tried on, what a trainer gives to a rule, and some steps of one."""
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
+
+from optimizers.apply import add
+from optimizers.contract import Rule, Slots
+from optimizers.random import Key
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -13,13 +16,27 @@ def hyper(lr: float, weight_decay: float = 0.0) -> dict[str, Tensor]:
     return {"lr": torch.tensor(lr), "weight_decay": torch.tensor(weight_decay)}
 
 
-def decaying(m: int, n: int, power: float = 1.0, seed: int = 0) -> Tensor:
-    """A matrix whose singular values fall like i^-power."""
-    u, _, vh = torch.linalg.svd(randn(m, n, seed=seed), full_matrices=False)
-    return u @ torch.diag(torch.arange(1, min(m, n) + 1) ** -power) @ vh
+def decaying(*shape: int, power: float = 1.0, seed: int = 0) -> Tensor:
+    """Matrices whose singular values fall like i^-power."""
+    u, _, vh = torch.linalg.svd(randn(*shape, seed=seed), full_matrices=False)
+    return u * torch.arange(1, min(shape[-2:]) + 1) ** -power @ vh
 
 
-# subsets ------------------------------------------------------------------------------------------------------------
+def copied(slots: Slots) -> Slots:
+    return {k: v.clone() for k, v in slots.items()}
 
 
-shapes = st.lists(st.integers(1, 12), max_size=4).map(tuple)
+def same(a: Slots, b: Slots) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run(rule: Rule, p: Tensor, steps: int, lr: float = 0.01, slots: Slots | None = None) -> tuple[Tensor, Slots]:
+    """Some steps with noisy gradients, refreshes among them."""
+    slots = slots or rule.init(p)
+    for t in range(steps):
+        g = decaying(*p.shape, seed=50 + t)
+        if t % rule.gap == 0:
+            slots, _ = rule.refresh(g, slots, Key(t))
+        delta, slots = rule.update(g, slots, p, hyper(lr))
+        p = add(p, delta)
+    return p, slots

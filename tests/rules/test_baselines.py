@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.close import assert_follows
-from helpers.rules_tmp import hyper, randn
+from helpers.matrices import hyper, randn
 
 from optimizers.apply import add
 from optimizers.contract import Rule, UsageError

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.rules_tmp import copied, randn, same
+from helpers.matrices import copied, randn, same
 from hypothesis import given
 from hypothesis import strategies as st
 

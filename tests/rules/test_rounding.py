@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.rules_tmp import randn
+from helpers.matrices import randn
 
 from optimizers import linalg
 from optimizers.apply import add

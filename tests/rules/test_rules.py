@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.rules_tmp import copied, hyper, randn, same
+from helpers.matrices import copied, hyper, randn, same
 from torch import Tensor
 from torch._dynamo.utils import counters
 

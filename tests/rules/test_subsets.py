@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.matrices import decaying, hyper, randn, shapes
+from helpers.matrices import decaying, hyper, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,7 @@ KINDS = projections.KINDS
 # subsets ------------------------------------------------------------------------------------------------------------
 
 
+shapes = st.lists(st.integers(1, 12), max_size=4).map(tuple)
 subsets = st.one_of(st.sampled_from(["heuristic", "sqrt", "coordinate"]), st.integers(1, 60), st.integers(-9, -1))
 
 

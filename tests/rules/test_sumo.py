@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers.sumo import decaying, hyper, randn, run
+from helpers.matrices import decaying, hyper, randn, run
 from torch import Tensor
 
 from models.llama import PRESETS, Llama

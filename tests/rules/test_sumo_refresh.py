@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.sumo import decaying, hyper, randn, run
+from helpers.matrices import decaying, hyper, randn, run
 
 from engine.memory import counted_peak
 from engine.step.compile import compiled

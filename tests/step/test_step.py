@@ -143,7 +143,10 @@ def classify(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(("mode", "recompute"), [("off", False), ("off", True), ("segments", False)])
+@pytest.mark.parametrize(
+    ("mode", "recompute"),
+    [("off", False), ("off", True), pytest.param("segments", False, marks=pytest.mark.compiles)],
+)
 def test_a_foreign_module_trains_as_in_plain_pytorch_and_its_buffers_move(mode, recompute, accumulation):
     model, reference = network(), network()
     step = make(model, loss=classify, mode=mode, recompute=recompute)
