@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.step.segments import cut
+from engine.tasks.language import blank
 
 from .build import build, vocabulary_of
 from .config import TrainConfig
@@ -32,6 +33,6 @@ def planned(
 
     def built() -> Built:
         params = run.place("cpu", fill=False)
-        return Built(cut(run.model), params, run.optimizer, run.key)
+        return Built(cut(run.model), params, run.optimizer, lambda rows: blank(rows, config.sequence), run.key)
 
     return plan(built, config, device, () if last is None or device == "cuda" else (last,))

@@ -14,8 +14,9 @@ from rich.console import Console
 from engine.atomic import write_whole
 from engine.checkpoint import Reader
 from engine.data import Tokens, tokenizer_of
-from engine.data.prepare import Request, cached
+from engine.data.prepare import cached
 from engine.data.prompt import prompt_ids
+from engine.data.request import Request
 from engine.data.tokenizer import KEPT, Tokenizer
 from engine.fit import plain_console, resume
 from engine.inspection.receipt import receipt

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from engine.data import read_index
 from engine.data.losses import several
-from engine.data.prepare import Request, prepare
+from engine.data.prepare import prepare
+from engine.data.request import Request
 from engine.terminal.flags import ask
 from engine.terminal.output import printable
 from engine.terminal.progress import Bar

@@ -6,8 +6,8 @@ them is certain, and up to which document; whatever lies beyond it when work goe
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +16,16 @@ import numpy as np
 from optimizers.contract import UsageError
 
 from ..atomic import alone, sha256, write_whole
-from .files import find
 from .index import INDEX, SCHEMA, read_index
 from .losses import NOTHING_UNKNOWN, counted, in_words, refuse_malformed, refuse_unknown
+from .request import Job, Report, Request
 from .shards import Shards, Table
-from .split import SIDES, Side, Split, digest, hold_out
-from .text import Passed, documents, standard_library
+from .split import SIDES, Side, Split
+from .text import Passed
 from .tokenizer import Tokenizer, load_tokenizer, train_bpe
 from .unknown import Ids
 
 PROGRESS = "progress.json"
-BATCH = 1 << 22  # characters tokenised, and then committed, at once
-
-Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much; 0 of 0: a remark
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to prepare. Equal content gives byte-identical output, wherever the files lie."""
-
-    data: tuple[str, ...] = ()
-    """Files of text (.txt .md .py ...) or rows (.jsonl .json .csv .tsv .parquet .arrow), also as .gz .xz .bz2 .zst;
-    folders or glob patterns of these; none: Python's standard library."""
-    validation: tuple[str, ...] = ()
-    """The same, for validation; none: a part of the data is held out, chosen by a hash of each document's content."""
-    tokenizer: str = "byte"
-    """"byte", a tokenizer.json, GPT-2's pair of files, BERT's vocab.txt, a sentencepiece .model, or a folder that holds
-    one of these."""
-    eos: str | None = None
-    """The token, or its id, that ends every document. None: what tokenizer_config.json, generation_config.json or
-    config.json beside the tokenizer name, else the first of a list of usual ones."""
-    allow_unknown: float = 0.01
-    """The share of the characters that the tokenizer may be unable to say; above it, nothing is prepared."""
-    field: str = "text"
-    """The field, or column, of a row that holds its text."""
-    allow_malformed: float = 0.0
-    """The share of the rows that may be malformed (not UTF-8, not JSON, no string): left out and counted. Above it,
-    nothing is prepared; 0 stops at the first."""
-    train_bpe: int = 0
-    """Train a byte-level BPE of this vocabulary size on the training text, and use it instead of a given tokenizer."""
-    validation_fraction: float = 0.005
-    """The share of the text that is held out where no validation data is given."""
-    shard_tokens: int = 1 << 27
-    """Tokens in a file, at most."""
 
 
 def prepare(out: Path, request: Request, report: Report = lambda what, done, total: None) -> Path:
@@ -67,7 +34,7 @@ def prepare(out: Path, request: Request, report: Report = lambda what, done, tot
     Returns `out`, at once where it is made already. Raises UsageError for data or a tokenizer that cannot be read, and
     for a folder that holds something else.
     """
-    return _prepare(out, _Job(request, out), report)
+    return _prepare(out, Job(request, out), report)
 
 
 def cached(cache: Path, request: Request, report: Report = lambda what, done, total: None) -> Path:
@@ -78,102 +45,12 @@ def cached(cache: Path, request: Request, report: Report = lambda what, done, to
     if len(request.data) == 1 and (ready := Path(request.data[0]).expanduser()).is_dir() and (ready / INDEX).exists():
         _agrees(ready, request)
         return ready
-    job = _Job(request, cache)
+    job = Job(request, cache)
     name = hashlib.blake2b(json.dumps([SCHEMA, job.identity]).encode(), digest_size=8).hexdigest()
     return _prepare(cache / name, job, report)
 
 
-class _Job:
-    """A request, its files found and its tokenizer loaded. `identity` is all that the output depends on."""
-
-    def __init__(self, request: Request, output: Path) -> None:
-        if request.train_bpe and request.tokenizer != "byte":
-            raise UsageError(
-                f"train_bpe: got {request.train_bpe}, and tokenizer {request.tokenizer!r}; give one of them"
-            )
-        if request.shard_tokens < 1:
-            raise UsageError(f"shard_tokens: got {request.shard_tokens}; expected at least 1")
-        for name in ("allow_unknown", "allow_malformed"):
-            if not 0 <= getattr(request, name) <= 1:
-                raise UsageError(f"{name}: got {getattr(request, name)}; expected a share, from 0 to 1")
-        self.request = request
-        held, train = find(request.validation, output), find(request.data, output)
-        self.given, self.skipped = held.files, held.skipped + train.skipped
-        self.files = self.given + (train.files if request.data else standard_library())
-        self.tokenizer = None if request.train_bpe else load_tokenizer(request.tokenizer, request.eos)
-        self.read_at = [_when(path) for path in self.files]
-        inputs = [
-            f"{path.name} {size} {_content(path)}" for path, (size, _) in zip(self.files, self.read_at, strict=True)
-        ]
-        self.passed = Passed()  # what `survey` finds
-        self.identity: dict[str, Any] = {
-            "data": inputs[len(self.given) :],
-            "validation": inputs[: len(self.given)],
-            "field": request.field,
-            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else f"trained, {request.train_bpe}",
-            "eos": self.tokenizer.eos if self.tokenizer else request.eos,
-            "validation_fraction": None if self.given else request.validation_fraction,
-            "shard_tokens": request.shard_tokens,
-        }
-
-    def batches(
-        self, start: Sequence[int] = (0, 0), passed: Passed | None = None
-    ) -> Iterator[list[tuple[int, int, str]]]:
-        """All documents from `start` on, as (file, number in it, text), in lists of at least BATCH characters."""
-        field, skip = self.request.field, self.request.allow_malformed > 0
-        batch, size = [], 0
-        for file, path in enumerate(self.files[start[0] :], start[0]):
-            for number, text in enumerate(documents(path, field, passed, skip)):
-                if (file, number) >= tuple(start):
-                    batch.append((file, number, text))
-                    size += len(text)
-                if size >= BATCH:
-                    yield batch
-                    batch, size = [], 0
-        if batch:
-            yield batch
-
-    def expect_unchanged(self, out: Path) -> None:
-        """Raises UsageError where a file has changed since it was first looked at: the tokens may be of either."""
-        for path, before in zip(self.files, self.read_at, strict=True):
-            if _when(path) != before:
-                raise UsageError(f"{path}: changed while it was read; delete {out} and start again")
-
-    def survey(self, report: Report) -> tuple[Split, int]:
-        """Read everything once: what is held out, and how many characters there are. Unreadable data shows here."""
-        total = 0
-
-        def read() -> Iterator[tuple[int, str]]:
-            nonlocal total
-            seen, passed = 0, Passed()
-            for batch in self.batches(passed=passed):
-                report("reading", batch[0][0], len(self.files))
-                for file, _, text in batch:
-                    seen += len(text)
-                    yield file, text
-            report("reading", len(self.files), len(self.files))
-            refuse_malformed(passed, self.request.field, self.request.allow_malformed)
-            total, self.passed = seen, passed
-
-        if not self.given:
-            split = hold_out(lambda: (text for _, text in read()), self.request.validation_fraction)
-            return split, total
-        held, among, others = set(), 0, 0
-        for file, text in read():
-            key = digest(text)
-            if file < len(self.given):
-                held.add(key)
-            elif key in held:
-                among += 1
-            else:
-                others += 1
-        if not others:
-            raise UsageError("every document of the data is in the validation data too; expected some to train on")
-        left_out = f"; {among:,} documents of the data are among them and left out of training" if among else ""
-        return Split(frozenset(held), note=f"{len(held):,} documents, given separately{left_out}"), total
-
-
-def _prepare(out: Path, job: _Job, report: Report) -> Path:
+def _prepare(out: Path, job: Job, report: Report) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with alone(out, lambda: report(f"waiting for another process that prepares {out}", 0, 0)):
         if (out / INDEX).exists():
@@ -237,22 +114,6 @@ def _remark(line: str, report: Report) -> None:
         report(line, 0, 0)
 
 
-def _when(path: Path) -> tuple[int, int]:
-    """Size and time of the last change of a file. Raises UsageError where it cannot be looked at."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-    return found.st_size, found.st_mtime_ns
-
-
-def _content(path: Path) -> str:
-    try:
-        return sha256([path])[:16]
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
-
-
 def _begin(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The state an earlier attempt left, or that of a beginning."""
     path = out / PROGRESS
@@ -270,7 +131,7 @@ def _begin(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return {"request": identity, "next": [0, 0], "characters": 0, "unknown": dict(NOTHING_UNKNOWN), "splits": counts}
 
 
-def _train(out: Path, job: _Job, split: Split, report: Report) -> Tokenizer:
+def _train(out: Path, job: Job, split: Split, report: Report) -> Tokenizer:
     """The tokenizer trained on what is not held out; an earlier attempt may have left it."""
     path, size = out / "tokenizer.json", job.request.train_bpe
     if not path.exists():
@@ -286,7 +147,7 @@ def _train(out: Path, job: _Job, split: Split, report: Report) -> Tokenizer:
 
 def _tokenise(
     out: Path,
-    job: _Job,
+    job: Job,
     split: Split,
     tokenizer: Tokenizer,
     state: dict[str, Any],
@@ -330,7 +191,7 @@ def _tokenise(
 
 
 def _finish(
-    out: Path, job: _Job, split: Split, tokenizer: Tokenizer, state: dict[str, Any], tables: dict[Side, Table]
+    out: Path, job: Job, split: Split, tokenizer: Tokenizer, state: dict[str, Any], tables: dict[Side, Table]
 ) -> None:
     """Write the index, which makes the folder a prepared one. Raises UsageError where a side has no tokens."""
     for side, counts in state["splits"].items():

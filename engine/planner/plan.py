@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optimizers.contract import Group, Optimizer, Params, State, bare
 from optimizers.random import Key
 
-from ..config import step_options
+from ..config import RunConfig, step_options
 from ..step.observer import Observer
-from ..step.segments import Segment
+from ..step.segments import Batch, Segment
 from ..step.step import Step
-from ..tasks.config import LanguageConfig
 from .graphs import fused
 from .storages import Peak, Tally
 
@@ -31,11 +30,12 @@ WEIGHTS, STATE = "weights", "optimizer state: "
 
 
 class Built(NamedTuple):
-    """What a recipe trains, built on fake tensors."""
+    """What a run trains, built on fake tensors; `batch(rows)` is a batch as its task gives it, whatever is in it."""
 
     segments: Sequence[Segment]
     params: Params
     optimizer: Optimizer
+    batch: Callable[[int], Batch]
     key: Key = Key(0)  # of the optimizer's draws
 
 
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     state: int
 
 
-def plan(build: Callable[[], Built], config: LanguageConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
+def plan(build: Callable[[], Built], config: RunConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
     """The most that a run of `config` holds in tensors at `steps`; without any, from its start-up to its last save, the
     steps being the first one, which builds all bases, and the first that turns.
 
@@ -89,14 +89,14 @@ def _grown(few: Peak, more: Peak, times: int) -> Peak:
 
 
 def _simulated(
-    build: Callable[[], Built], config: LanguageConfig, device: str, steps: Sequence[int], counts: Sequence[int]
+    build: Callable[[], Built], config: RunConfig, device: str, steps: Sequence[int], counts: Sequence[int]
 ) -> tuple[list[dict[str, Peak]], dict[str, Peak], int]:
     """Peaks by moment of `steps` with each of these numbers of micro-batches; those of what a run does beside them; and
     the bytes of the fresh state."""
     cuda = device == "cuda"
     tally = Tally((lambda n: -(-n // 512) * 512) if cuda else (lambda n: n))
     with FakeTensorMode(allow_non_fake_inputs=True), _Drawn():  # type: ignore[no-untyped-call]
-        segments, params, optimizer, key = build()
+        segments, params, optimizer, batch, key = build()
         tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
         with tally, tally.doing("start-up", "start-up workspace"):
             state = optimizer.init(params)
@@ -115,13 +115,10 @@ def _simulated(
         )
         groups = {group.name for group in optimizer.owner.values()}
         hypers = {name: {key: torch.zeros(()) for key in ("lr", "weight_decay")} for name in groups}
-        shape = config.micro_batch, config.sequence
         found = []
         for count in counts:
-            batches = [
-                {k: torch.zeros(shape, dtype=torch.int64) for k in ("input_ids", "targets")} for _ in range(count)
-            ]
-            tally.adopt("batch", (t for batch in batches for t in batch.values()))
+            batches = [batch(config.micro_batch) for _ in range(count)]
+            tally.adopt("batch", (t for one in batches for t in one.values()))
             before = tally.events()
             for i in steps or _telling(optimizer, config.steps):
                 with tally, tally.doing("turn", "turn workspace"):
@@ -132,21 +129,21 @@ def _simulated(
             found.append(tally.peaks(before))
             del batches
         if not steps:
-            beside |= {"evaluation": _evaluation(step, tally, shape), "saving": _saving(step, tally, config, cuda)}
+            evaluation = _evaluation(step, tally, batch(config.micro_batch))
+            beside |= {"evaluation": evaluation, "saving": _saving(step, tally, config, cuda)}
     return found, beside, fresh
 
 
-def _evaluation(step: Step, tally: Tally, shape: tuple[int, int]) -> Peak:
+def _evaluation(step: Step, tally: Tally, batch: Batch) -> Peak:
     """The peak of an evaluation, whatever its moments."""
     before = tally.events()
-    batch = {k: torch.zeros(shape, dtype=torch.int64) for k in ("input_ids", "targets")}
     tally.adopt("batch", batch.values())
     with tally:
         step.chain.loss(step.view(), batch)
     return max(tally.peaks(before).values(), key=lambda peak: peak.bytes)
 
 
-def _saving(step: Step, tally: Tally, config: LanguageConfig, cuda: bool) -> Peak:
+def _saving(step: Step, tally: Tally, config: RunConfig, cuda: bool) -> Peak:
     """The peak of a save: weights are looked at and written one at a time. What is written in the background is copied
     to the host first, which on the CPU is the memory that the run trains in."""
     before = tally.events()

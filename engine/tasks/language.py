@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optimizers.random import fold
@@ -13,6 +14,11 @@ from ..step.segments import Batch, Segment, cut
 from ..task import Task
 
 MOST = 700.0  # exp of more is no float
+
+
+def blank(rows: int, sequence: int) -> Batch:
+    """A batch of the task's shapes and dtypes, on the current device, that says nothing: what a plan needs of it."""
+    return {name: torch.zeros(rows, sequence, dtype=torch.int64) for name in ("input_ids", "targets")}
 
 
 class LanguageTask(Task):

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from engine.data.prepare import Request, prepare
+from engine.data.prepare import prepare
+from engine.data.request import Request
 
 
 def prepared(folder: Path, train: str, validation: str = "xyz" * 10, shard_tokens: int = 7, **fields: object) -> Path:

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.classifier import classifier, loss
 from torch import Tensor
 
+from engine.config import RunConfig
 from engine.memory import counted_peak
 from engine.planner.plan import Built, Plan, cast, plan
 from engine.step.segments import cut
 from engine.step.step import Step
 from engine.tasks.config import LanguageConfig
+from engine.tasks.language import blank
 from models.layers import attach
 from models.llama import PRESETS, Llama, LlamaConfig
-from optimizers.contract import Group, Optimizer, Rule, state_bytes
+from optimizers.contract import Group, Optimizer, Rule, state_bytes, total_bytes
 from optimizers.partition import partition
 from optimizers.random import Key
 from optimizers.rules.adamw import adamw
@@ -75,7 +78,9 @@ METHODS: dict[str, Callable[[Llama, Params], Optimizer]] = {
 }
 
 
-def built(method: str, shape: LlamaConfig, dtype: torch.dtype = torch.float32, fill: bool = True) -> Built:
+def built(
+    method: str, shape: LlamaConfig, dtype: torch.dtype = torch.float32, fill: bool = True, sequence: int = 0
+) -> Built:
     """Model and optimizer, on whatever tensors are made here: real or fake ones, which need not be filled."""
     with torch.device("meta"):
         model = Llama(shape)
@@ -86,7 +91,7 @@ def built(method: str, shape: LlamaConfig, dtype: torch.dtype = torch.float32, f
         cast(model, dtype)
     params: Params = dict(model.named_parameters())
     optimizer = METHODS[method](model, params)
-    return Built(cut(model), params, optimizer)
+    return Built(cut(model), params, optimizer, lambda rows: blank(rows, sequence))
 
 
 def settings(batch: int, tokens: int, **options) -> LanguageConfig:
@@ -99,13 +104,13 @@ def precise(config: LanguageConfig) -> torch.dtype:
 
 def predicted(method: str, shape: LlamaConfig, config: LanguageConfig, *steps: int) -> Plan:
     gc.collect()  # what other tests left in cycles dies when it likes
-    return plan(lambda: built(method, shape, precise(config), fill=False), config, steps=steps)
+    return plan(lambda: built(method, shape, precise(config), False, config.sequence), config, steps=steps)
 
 
 def measured(method: str, shape: LlamaConfig, config: LanguageConfig, at: int) -> int:
     """Weights, tables, state and batches, and the counted peak of a step above them, once earlier ones compiled it."""
     gc.collect()
-    segments, params, optimizer, _ = built(method, shape, precise(config))
+    segments, params, optimizer, *_ = built(method, shape, precise(config))
     state = optimizer.init(params)
     step = Step(
         segments,
@@ -215,6 +220,27 @@ def test_the_bytes_of_the_state_are_exact(method):
     assert predicted(method, TINY, settings(1, 8, compile="off"), 1).state == expected
 
 
+def test_a_task_of_any_module_is_planned_with_batches_of_its_own():
+    """The planner knows no field of a batch: a classifier's examples are counted as a language model's tokens are."""
+
+    def made() -> Built:
+        model = classifier(plain=True)
+        params = dict(model.named_parameters())
+        optimizer = partition(params, [Group("adamw", adamw(), ("",), lr=1e-3)])
+        blank = lambda rows: {"x": torch.zeros(rows, 30), "y": torch.zeros(rows, dtype=torch.int64)}  # noqa: E731
+        return Built(cut(model, loss), params, optimizer, blank)
+
+    config = RunConfig(micro_batch=64, compile="off")
+    real = made()
+    step = Step(real.segments, real.params, real.optimizer, real.optimizer.init(real.params), mode="off")
+    hypers = {"adamw": {name: torch.tensor(1e-3) for name in ("lr", "weight_decay")}}
+    batch = real.batch(64)
+    step([batch], hypers, 0)
+    peak = counted_peak(lambda: step([batch], hypers, 1))
+    held = sum(t.nbytes for t in (*real.params.values(), *batch.values())) + total_bytes(step.state)
+    assert plan(made, config, steps=(1,)).bytes == pytest.approx(held + peak, rel=0.02)
+
+
 def test_a_turn_is_part_of_the_plan():
     found = predicted("rso", TINY, settings(1, 8, compile="off"))
     assert found.moments["turn"] > found.weights + found.state, "the new P, while the old one is there"
@@ -239,7 +265,7 @@ def test_what_a_run_does_beside_its_steps_is_part_of_the_plan(method):
         assert found.moments[moment] <= found.bytes
     assert found.moments["resume"] <= 1.05 * held
     gc.collect()
-    segments, params, optimizer, _ = built(method, TINY)
+    segments, params, optimizer, *_ = built(method, TINY)
     step = Step(segments, params, optimizer, optimizer.init(params), mode="off")
     batch = {k: torch.zeros(4, 32, dtype=torch.int64) for k in ("input_ids", "targets")}
     tables = {id(b): b for s in segments for b in s.module.buffers()}.values()
@@ -261,7 +287,8 @@ def test_a_copy_that_is_written_in_the_background_is_memory_of_the_cpu():
 
 def test_on_cuda_storages_are_rounded_and_the_context_is_counted():
     config = settings(1, 8, compile="off")
-    cpu, cuda = (plan(lambda: built("adamw", TINY), config, device) for device in ("cpu", "cuda"))
+    made = lambda: built("adamw", TINY, sequence=config.sequence)  # noqa: E731
+    cpu, cuda = (plan(made, config, device) for device in ("cpu", "cuda"))
     assert cuda.kinds["CUDA context (assumed)"] > 2**28
     assert cuda.weights % 512 == 0
     assert cuda.bytes - cuda.kinds["CUDA context (assumed)"] > cpu.bytes

@@ -14,7 +14,8 @@ import pytest
 
 from engine.data import read_index
 from engine.data.files import find
-from engine.data.prepare import Request, cached, prepare
+from engine.data.prepare import cached, prepare
+from engine.data.request import Request
 from engine.data.text import Passed, documents
 from optimizers.contract import UsageError
 from tools.prepare import main

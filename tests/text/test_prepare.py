@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from engine.data import Tokens, read_index, tokenizer_of
-from engine.data import prepare as preparing
-from engine.data.prepare import Request, cached, prepare
+from engine.data import request as requests
+from engine.data.prepare import cached, prepare
+from engine.data.request import Report, Request
 from engine.data.split import digest, hold_out
 from engine.data.tokenizer import train_bpe
 from optimizers.contract import UsageError
@@ -44,7 +45,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "BATCH", 2000)
+    monkeypatch.setattr(requests, "BATCH", 2000)
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -137,7 +138,7 @@ def test_validation_data_of_its_own(corpus: Path, tmp_path: Path) -> None:
 def test_batches_and_places_do_not_matter(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = content(prepare(tmp_path / "a", Request(data=(str(corpus),), shard_tokens=3000)))
     assert "train-00003.bin" in expected and "progress.json" not in expected
-    monkeypatch.setattr(preparing, "BATCH", 1)
+    monkeypatch.setattr(requests, "BATCH", 1)
     moved = corpus.rename(tmp_path / "moved")
     assert content(prepare(tmp_path / "b", Request(data=(str(moved),), shard_tokens=3000))) == expected
 
@@ -157,7 +158,7 @@ def test_an_interruption_anywhere_changes_nothing(
 
     class Stop(Exception): ...
 
-    def stopping(after: int) -> preparing.Report:
+    def stopping(after: int) -> Report:
         calls = iter(range(after))
 
         def report(what: str, done: int, total: int) -> None:
@@ -187,12 +188,13 @@ def test_killed_and_started_again(corpus: Path, tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from engine.data import prepare as preparing
-preparing.BATCH = 2000
+from engine.data import request
+from engine.data.prepare import prepare
+request.BATCH = 2000
 def report(what, done, total):
     if what == "tokenising" and done > 9000:
         os.kill(os.getpid(), signal.SIGKILL)
-preparing.prepare(Path({str(tmp_path / "out")!r}), preparing.Request(**{vars(request)!r}), report)
+prepare(Path({str(tmp_path / "out")!r}), request.Request(**{vars(request)!r}), report)
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL

@@ -13,7 +13,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from engine.data import Tokens, read_index
 from engine.data.losses import NOTHING_UNKNOWN, counted, in_words
-from engine.data.prepare import Request, cached, prepare
+from engine.data.prepare import cached, prepare
+from engine.data.request import Request
 from engine.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from engine.data.unknown import Packed
 from optimizers.contract import UsageError
@@ -261,7 +262,7 @@ def test_a_share_that_is_none(share: float, tmp_path: Path) -> None:
 
 
 def test_counts_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["engine.data.prepare"], "BATCH", 200)
+    monkeypatch.setattr(sys.modules["engine.data.request"], "BATCH", 200)
     request = Request((str(corpus(tmp_path)),), tokenizer=bpe(tmp_path), allow_unknown=1)
     expected = read_index(prepare(tmp_path / "whole", request))
     calls = 0

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from engine.data import Batches, Tokens
-from engine.data.prepare import Request, cached
+from engine.data.prepare import cached
+from engine.data.request import Request
 from models.llama import PRESETS, Llama
 from optimizers.linalg import project, range_basis, svd_basis
 from optimizers.random import fold

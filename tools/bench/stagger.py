@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.data import Batches, Tokens
-from engine.data.prepare import Request, cached
+from engine.data.prepare import cached
+from engine.data.request import Request
 from engine.step.segments import cut
 from engine.step.step import Step
 from models.llama import PRESETS, Llama
