@@ -11,14 +11,14 @@ from .random import Key, fold
 
 
 def updating(
-    owner: Mapping[str, Group], moves: Mapping[str, str] = MappingProxyType({})
+    owner: Mapping[str, Group], parameter_of: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Params, State, Params, Mapping[str, Hyper]], tuple[Params, State]]:
     """An optimizer's `update`: (gradients, state, params, hyper by group) -> (params, state), by each owner's rule."""
 
     def update(grads: Params, state: State, params: Params, hyper: Mapping[str, Hyper]) -> tuple[Params, State]:
         new_params, new_state = dict(params), dict(state)
         for trained, g in grads.items():
-            name = moves.get(trained, trained)
+            name = parameter_of.get(trained, trained)
             group = owner[name]
             delta, new_state[name] = group.rule.update(g, state[name], params[name], hyper[group.name])
             if delta is not None:
@@ -32,7 +32,7 @@ def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: K
     """Rebuild the bases that are due at `step` among `grads`, and those that are missing still; returns the state and
     one `ok` per tensor that was due."""
     state, flags = dict(state), []
-    grads = {optimizer.moves.get(name, name): g for name, g in grads.items()}
+    grads = {optimizer.parameter_of.get(name, name): g for name, g in grads.items()}
     due = set(optimizer.due(step))
     for name, g in grads.items():
         rule = optimizer.owner[name].rule

@@ -1,8 +1,8 @@
 """The contract of every optimizer here: pure functions over flat dicts of named tensors.
 
 A *rule* moves one tensor and knows nothing else: no names, no tree, no clock, no device. An *optimizer* moves a
-whole model: it says who owns which parameter, what is trainable now (`view`) and what changes between steps
-(`turn`). Nothing here mutates its inputs; the engine decides where results are written.
+whole model: it says who owns which parameter, what is trainable now (`split`) and what changes between steps
+(`switch`). Nothing here mutates its inputs; the engine decides where results are written.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -148,26 +148,26 @@ class Optimizer(NamedTuple):
     """How a model moves. `owner` maps every parameter to its group.
 
     `init(params, step)` is the state as it stands once `step` steps are done, values aside: at 0, a fresh one.
-    `view(params, state) -> (trainable, frozen)` is the model as its segments see it now. A trainable name is a
-    parameter, or something in the state that stands for one: its gradient moves the parameter `moves[name]`.
+    `split(params, state) -> (trainable, frozen)` is the model as its segments see it now. A trainable name is a
+    parameter, or something in the state that stands for one: its gradient moves the parameter `parameter_of[name]`.
     `due(step)` names the parameters whose rule refreshes at this step.
-    `turn(params, state, step, key) -> (params, state)` is cold: what changes between steps (a mask, a subspace),
-    before those steps for which `turns` holds. It takes any part of the model, so that the engine can turn one segment
-    after another and never holds a second copy of the weights. `batch(step)` is the batch that a step trains on, where
-    order is part of the method. `merge(params, state)` are the weights that a model has without its optimizer. `about`
-    goes into the head of every checkpoint's state.
+    `switch(params, state, step, key) -> (params, state)` is cold: what changes between steps (a mask, a subspace),
+    before those steps for which `switches` holds. It takes any part of the model, so that the engine can switch one
+    segment after another and never holds a second copy of the weights. `batch(step)` is the batch that a step trains
+    on, where order is part of the method. `merge(params, state)` are the weights that a model has without its
+    optimizer. `metadata` goes into the head of every checkpoint's state.
     """
 
     owner: Mapping[str, Group]
     init: Callable[..., State]
     update: Callable[[Params, State, Params, Mapping[str, Hyper]], tuple[Params, State]]
     due: Callable[[int], tuple[str, ...]]
-    view: Callable[[Params, State], tuple[Params, Params]] = lambda params, state: (params, {})
-    turns: Callable[[int], bool] = lambda step: False
-    turn: Callable[[Params, State, int, Key], tuple[Params, State]] = lambda params, state, step, key: (params, state)
-    moves: Mapping[str, str] = MappingProxyType({})
+    split: Callable[[Params, State], tuple[Params, Params]] = lambda params, state: (params, {})
+    switches: Callable[[int], bool] = lambda step: False
+    switch: Callable[[Params, State, int, Key], tuple[Params, State]] = lambda params, state, step, key: (params, state)
+    parameter_of: Mapping[str, str] = MappingProxyType({})
     batch: Callable[[int], int] = lambda step: step
-    about: Mapping[str, str] = MappingProxyType({})
+    metadata: Mapping[str, str] = MappingProxyType({})
     merge: Callable[[Params, State], Params] = lambda params, state: params
 
 

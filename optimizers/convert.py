@@ -38,7 +38,8 @@ def convert(
     `state` is asked for one tensor's slots at a time, so that it may read them from a disk. New slots are made a tensor
     at a time too, the largest tensors first.
 
-    Weights stay as they are: a view that keeps a part of them apart must have merged it before (`Optimizer.merge`).
+    Weights stay as they are: an optimizer that keeps a part of them apart must have merged it before
+    (`Optimizer.merge`).
     What was frozen has nothing to give: it starts from rest, with the mean second moment of its like in other layers,
     as a rule that knows nothing would begin with its largest steps in the middle of a run. Raises UsageError as
     `target.init` does.
@@ -56,8 +57,8 @@ def convert(
             new = target.owner[name].rule
             old = source.owner[name].rule if name in source.owner else new  # it was frozen
             size = sizes.get(_kind(name))
-            turned = _one(name, params[name], state, fresh, where, old, new, fold(key, "convert", name), size)
-            made[where], rows[where] = turned
+            converted = _one(name, params[name], state, fresh, where, old, new, fold(key, "convert", name), size)
+            made[where], rows[where] = converted
             made[where] |= {slot: t.copy_(made[where][slot]) for slot, t in away.items()}
     return {where: made[where] for where in whole}, [rows[where] for where in whole]
 
@@ -117,7 +118,7 @@ def _one(
         return slots, Row(name, old.name, new.name, "kept", 1.0, 1.0, 1.0)
     moments = complete(old.export(held, p)) if held and old.export else UNKNOWN
     if moments.first is None or moments.second is None or new.adopt is None:
-        if new.refresh:  # a basis like any other, until its own turn comes: coordinates would be worse
+        if new.refresh:  # a basis like any other, until its own refresh comes: coordinates would be worse
             slots, _ = new.refresh(new.gradient(normal(key, tuple(p.shape), p.device), slots), slots, key)
         did = "reset: nothing was learned yet" if held else "reset: it was frozen"
         if not held and size and new.adopt is not None:

@@ -97,13 +97,13 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
     def due(step: int) -> tuple[str, ...]:
         return tuple(n for n, offset in offsets.items() if step == 0 or step % owner[n].rule.gap == offset)
 
-    def view(params: Params, state: State) -> tuple[Params, Params]:
+    def split(params: Params, state: State) -> tuple[Params, Params]:
         return (
             {name: p for name, p in params.items() if name in state},  # even if that is empty; a mask takes it away
             {name: p for name, p in params.items() if name not in state},
         )
 
-    return Optimizer(owner, lambda params, step=0: blank(owner, params), updating(owner), due, view)
+    return Optimizer(owner, lambda params, step=0: blank(owner, params), updating(owner), due, split)
 
 
 def blank(owner: Mapping[str, Group], params: Params) -> State:

@@ -108,7 +108,7 @@ class Pretrain(TrainConfig):
     def notes(self, setup: Setup, optimizer: Optimizer) -> list[str]:
         """What the schedule means for this run."""
         made = schedule(self, setup.params, setup.epoch, setup.key)
-        now = describe(optimizer.about, setup.params, made.warmup)
+        now = describe(optimizer.metadata, setup.params, made.warmup)
         masks = "a mask drawn anew each time" if made.replacement else f"{made.masks} masks a cycle, each"
         said = [
             f"{len(made.groups.labels)} {made.groups.kind} to choose from, {masks} held for {made.period:,} steps; "
@@ -199,7 +199,7 @@ class Held(NamedTuple):
 def held(optimizer: Optimizer, params: Params) -> Held:
     """Weights, gradients and moments in bfloat16, as the paper counts; and what this engine holds."""
     state: State = optimizer.init(params)
-    trainable, _ = optimizer.view(params, state)
+    trainable, _ = optimizer.split(params, state)
     blocks: dict[str, int] = {}
     for name, p in trainable.items():
         block = ".".join(name.split(".")[:3]) if ".layers." in name else name

@@ -102,8 +102,8 @@ class Counterexample:
             if method == "GaLore, SGD":
                 basis = svd_basis(g, self.rank) if step % gap == 0 else basis
                 g = lift(project(g, basis), basis, g)
-            if optimizer.turns(step):
-                params, state = optimizer.turn(params, state, step, self.key)
+            if optimizer.switches(step):
+                params, state = optimizer.switch(params, state, step, self.key)
             grads = {"x.B": g @ state["x.weight"]["P"]} if inside else {"x.weight": g}
             state, _ = refresh(optimizer, grads, state, step, self.key)
             params, state = optimizer.update(grads, state, params, hyper)

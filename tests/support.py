@@ -33,7 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "docs" / "support.json", ROOT / "docs" / "choosing.md"
 BEGIN, END = "<!-- support: begin -->\n", "<!-- support: end -->"
 
-RANK, BREAK, STEPS, HOLD = 4, 3, 6, 2  # HOLD: steps between two masks, or two P, so that a resume stands between turns
+RANK, BREAK, STEPS, HOLD = (
+    4,
+    3,
+    6,
+    2,
+)  # HOLD: steps between two masks, or two P, so that a resume stands between switches
 WRAPPERS = ("none", "omgd", "lisa", "rso", "rso products", "omgd over rso", "rso over omgd")
 PRECISIONS = ("fp32", "bf16", "bf16-sr", "mixed")
 MATRICES = r"_proj\.weight$"
@@ -125,7 +130,7 @@ def train(step: Step, start: int, end: int) -> None:
     hypers = {n: {"lr": torch.tensor(g.lr), "weight_decay": torch.tensor(0.01)} for n, g in groups.items()}
     for i in range(start, end):
         ids = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(i))
-        step.turn(i)
+        step.switch(i)
         step([{"input_ids": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}], hypers, i)
 
 

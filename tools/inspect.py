@@ -99,7 +99,7 @@ def inspect_fresh(what: str, params: Params, optimizer: Optimizer, match: str = 
         owner = optimizer.owner.get(name)
         who = described(owner) if owner else RuleRecord("frozen", "frozen")
         looks.append(look(name, params[name], state.get(PARKED + name if parked else name), who, parked))
-    masks = describe(optimizer.about, params, 0) if "traversal" in optimizer.about else None
+    masks = describe(optimizer.metadata, params, 0) if "traversal" in optimizer.metadata else None
     return Report(what, 0, None, len(params), looks, masks)
 
 

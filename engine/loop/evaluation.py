@@ -13,7 +13,7 @@ from ..task import Sums, Task, add
 def evaluate(task: Task, step: Step, count: int) -> dict[str, float]:
     """The task's metrics with the weights as they are now, `count` rows at a time."""
     sums: Sums = {}
-    params = step.view()
+    params = step.tensors()
     for batch in task.evaluation(count):
         add(sums, task.evaluate(step.chain, params, to_device(batch, step.device)))
     return task.report(sums)

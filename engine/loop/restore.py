@@ -148,7 +148,7 @@ def _state(saved: Reader, optimizer: Optimizer, params: Params) -> State:
     """The state of a checkpoint where the optimizer keeps it; slots that two tensors share stay one."""
     placed: dict[str, Tensor] = {}
     state: State = {}
-    hosted = optimizer.about.get("state_policy") == "offload"
+    hosted = optimizer.metadata.get("state_policy") == "offload"
     for owner, slots in saved.owners.items():
         p, parked = params[owner.removeprefix(PARKED)], owner.startswith(PARKED)
         device = torch.device("cpu") if hosted and parked else p.device
@@ -166,7 +166,7 @@ def _state(saved: Reader, optimizer: Optimizer, params: Params) -> State:
 
 def _check_state(saved: Reader, optimizer: Optimizer, params: Params) -> None:
     """Raises CheckpointError where the checkpoint's state is not what `optimizer` has at its step."""
-    for key, mine in optimizer.about.items():
+    for key, mine in optimizer.metadata.items():
         if (theirs := saved.header.get(key)) != mine:
             raise CheckpointError(
                 f"{saved.path}: {key} of its optimizer is {str(theirs)[:200]}, expected {mine[:200]}; resume with the "

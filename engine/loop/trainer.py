@@ -171,7 +171,7 @@ class Trainer:
     def _header(self) -> dict[str, str]:
         """What is said of the optimizer's state beside it: see `rules_head`, and what the optimizer adds."""
         factor = self.schedule.factor(max(self.done - 1, 0))
-        return {**rules_head(self.step.optimizer.owner, factor), **self.step.optimizer.about}
+        return {**rules_head(self.step.optimizer.owner, factor), **self.step.optimizer.metadata}
 
     def _due(self, *every: int) -> bool:
         return any(self.done % n == 0 for n in every)
@@ -181,7 +181,7 @@ class Trainer:
         for name, rate in self.rates(self.done).items():
             self.hypers[name]["lr"].fill_(rate)
             self.hypers[name]["weight_decay"].fill_(self.groups[name].weight_decay)
-        self.step.turn(self.done)
+        self.step.switch(self.done)
         size = config.micro_batch * config.accumulation
         first = self.position + (self.step.optimizer.batch(self.done) - self.done) * size
         batches = [

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 def plan(build: Callable[[], Built], config: RunConfig, device: str = "cpu", steps: Sequence[int] = ()) -> Plan:
     """The most that a run of `config` holds in tensors at `steps`; without any, from its start-up to its last save, the
-    steps being the first one, which builds all bases, and the first that turns.
+    steps being the first one, which builds all bases, and the first that switches.
 
     `build` is called under a FakeTensorMode. For "cuda", storages are rounded up to 512 bytes and `CONTEXT` is added;
     library calls are taken to need the workspace that they need on the CPU. Raises what `build` and the step raise.
@@ -121,8 +121,8 @@ def _simulated(
             tally.adopt("batch", (t for one in batches for t in one.values()))
             before = tally.events()
             for i in steps or _telling(optimizer, config.steps):
-                with tally, tally.doing("turn", "turn workspace"):
-                    step.turn(i)
+                with tally, tally.doing("switch", "switch workspace"):
+                    step.switch(i)
                     _each(tally.name, step.state, optimizer.owner)
                 with tally:
                     step(batches, hypers, i)
@@ -139,7 +139,7 @@ def _evaluation(step: Step, tally: Tally, batch: Batch) -> Peak:
     before = tally.events()
     tally.adopt("batch", batch.values())
     with tally:
-        step.chain.loss(step.view(), batch)
+        step.chain.loss(step.tensors(), batch)
     return max(tally.peaks(before).values(), key=lambda peak: peak.bytes)
 
 
@@ -179,8 +179,8 @@ class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _telling(optimizer: Optimizer, total: int) -> list[int]:
-    """The first step, which does all that any step does but turn, and the first that turns."""
-    return [0, *[i for i in range(1, min(total, 100_000)) if optimizer.turns(i)][:1]]
+    """The first step, which does all that any step does but switch, and the first that switches."""
+    return [0, *[i for i in range(1, min(total, 100_000)) if optimizer.switches(i)][:1]]
 
 
 def _slots(state: State, owner: Mapping[str, Group]) -> Iterator[tuple[str, Tensor]]:
@@ -192,7 +192,7 @@ def _slots(state: State, owner: Mapping[str, Group]) -> Iterator[tuple[str, Tens
 
 
 def _each(tell: Callable[[str, list[Tensor]], None], state: State, owner: Mapping[str, Group]) -> None:
-    """Tell the kind of each; in a frame of its own, as a name left on a tensor would keep what a turn lets go."""
+    """Tell the kind of each; in a frame of its own, as a name left on a tensor would keep what a switch lets go."""
     for kind, t in _slots(state, owner):
         tell(kind, [t])
 

@@ -81,7 +81,7 @@ class Step:
         self.chain = Chain(segments, self.compiler, compute_dtype, logits, draws, self.observer)
         self.buffers = self.chain.state  # those that are state, by full names: saved with the parameters
         self.params, self.optimizer, self.state = params, optimizer, state
-        shown = self.view()
+        shown = self.tensors()
         if set(self.chain.names) != shown.keys():
             raise UsageError(
                 "segments and parameters name different tensors: "
@@ -133,7 +133,7 @@ class Step:
 
         They are aliases: flags of the user's own parameters stay as they are.
         """
-        trainable, frozen = self.optimizer.view(self.params, self.state)
+        trainable, frozen = self.optimizer.split(self.params, self.state)
         held = {name for name in trainable if name in self.params and name not in self.optimizer.owner}
         return (
             {name: p.detach().requires_grad_() for name, p in trainable.items() if name not in held},
@@ -145,23 +145,23 @@ class Step:
             raise UsageError(f"hypers: got a group {min(odd)!r}, expected some of {sorted(self.hypers)}")
         return {name: {**own, **given[name]} if name in given else own for name, own in self.hypers.items()}
 
-    def view(self) -> Params:
+    def tensors(self) -> Params:
         """The tensors that the segments see now, by the names that they use."""
         trainable, frozen = self._seen()
         return {**frozen, **trainable}
 
     @torch.no_grad()
-    def turn(self, step: int) -> bool:
+    def switch(self, step: int) -> bool:
         """Change what is due before `step` (a mask, a subspace), one segment's parameters after another's.
 
         Those with state go first, so that what leaves is freed before what comes is allocated.
         """
-        if not self.optimizer.turns(step):
+        if not self.optimizer.switches(step):
             return False
         state: State = {}
         for names in sorted(self.chain.owned, key=lambda names: not part(self.state, names)):
             params = {name: self.params[name] for name in names if name in self.params}
-            moved, own = self.optimizer.turn(params, part(self.state, params), step, self.key)
+            moved, own = self.optimizer.switch(params, part(self.state, params), step, self.key)
             for name, p in moved.items():
                 if p is not params[name]:
                     params[name].copy_(p)
@@ -176,7 +176,7 @@ class Step:
 
     def moved(self, names: Iterable[str]) -> list[str]:
         """The parameters that these gradients move."""
-        return [self.optimizer.moves.get(name, name) for name in names]
+        return [self.optimizer.parameter_of.get(name, name) for name in names]
 
     def _scale(self, batches: Sequence[Batch]) -> Tensor:
         """What a loss without a count is multiplied by: 1 / valid targets of the step, or 1 for a mean."""

@@ -50,10 +50,10 @@ def omgd(
         raise UsageError(
             f"omgd: order 'joint' changes the mask every step; got state_policy {state_policy!r}, expected 'keep'"
         )
-    if "traversal" in base.about and {state_policy, base.about.get("state_policy")} != {"drop"}:
+    if "traversal" in base.metadata and {state_policy, base.metadata.get("state_policy")} != {"drop"}:
         raise UsageError(
             f"omgd: masks over masks drop the state of what is frozen; got state_policy {state_policy!r} over "
-            f"{base.about.get('state_policy')!r}, expected 'drop' for both"
+            f"{base.metadata.get('state_policy')!r}, expected 'drop' for both"
         )
     compact = masks.groups.kind == "coordinates"
     grouped = {name: i for i, names in enumerate(masks.groups.names) for name in names if name in base.owner}
@@ -108,7 +108,7 @@ def omgd(
 
     def init(params: Params, step: int = 0) -> State:
         state = base.init({n: p for n, p in params.items() if n not in grouped}, step)
-        last = max(step - 1, 0)  # a mask is turned before its first step, not after another's last
+        last = max(step - 1, 0)  # a mask is switched before its first step, not after another's last
         now = active(last)
         for name, p in params.items():
             if name in grouped and name in now:
@@ -117,7 +117,7 @@ def omgd(
                 state |= park(fresh(name, p, last))
         return ordered(state, params)
 
-    def turn(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+    def switch(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
         params, new = dict(params), dict(state)
         now, before = active(step), active(step - 1)
         for name in [name for name in params if name in grouped and name in before - now]:
@@ -125,22 +125,22 @@ def omgd(
             params |= base.merge({name: params[name]}, left)
             if state_policy != "drop":
                 new |= park(left)
-        if base.turns(step):
+        if base.switches(step):
             staying = {name: p for name, p in params.items() if name not in grouped or name in now & before}
             old = {where: new.pop(where) for where in part(new, staying)}
-            moved, turned = base.turn(staying, old, step, key)
+            moved, switched = base.switch(staying, old, step, key)
             params |= moved
-            new |= turned
+            new |= switched
         for name, p in [(name, p) for name, p in params.items() if name in grouped and name in now]:
-            if compact and masks.turns(step):
+            if compact and masks.switches(step):
                 new |= fresh(name, p, step)
             elif name not in before:
                 back = {where.removeprefix(PARKED): new.pop(where) for where in part(new, [name])}
                 if back:
                     back = {k: {n: t.to(p.device, non_blocking=True) for n, t in v.items()} for k, v in back.items()}
                     since = next((t for t in range(step, 0, -1) if name in active(t - 1)), 0)
-                    for missed in filter(base.turns, range(since, step + 1)):  # what changed while it was away
-                        moved, back = base.turn({name: params[name]}, back, missed, key)
+                    for missed in filter(base.switches, range(since, step + 1)):  # what changed while it was away
+                        moved, back = base.switch({name: params[name]}, back, missed, key)
                         params |= moved
                 else:
                     back = fresh(name, p, step)
@@ -150,7 +150,7 @@ def omgd(
 
     def due(step: int) -> tuple[str, ...]:
         names = dict.fromkeys(base.due(step))
-        if masks.turns(step) and not compact:
+        if masks.switches(step) and not compact:
             new = {n for n in active(step) - active(step - 1) if owner[n].rule.refresh}
             if state_policy == "drop":
                 return tuple(names | dict.fromkeys(sorted(new)))
@@ -163,19 +163,19 @@ def omgd(
                 new -= late
         return tuple(names)
 
-    def turns(step: int) -> bool:
-        return masks.turns(step) or base.turns(step)
+    def switches(step: int) -> bool:
+        return masks.switches(step) or base.switches(step)
 
-    about = {"traversal": write(masks), "scale_mode": scale_mode, "state_policy": state_policy}
+    metadata = {"traversal": write(masks), "scale_mode": scale_mode, "state_policy": state_policy}
     return base._replace(
         owner=owner,
         init=init,
-        update=updating(owner, base.moves),
+        update=updating(owner, base.parameter_of),
         due=due,
-        turns=turns,
-        turn=turn,
+        switches=switches,
+        switch=switch,
         batch=lambda step: base.batch(masks.batch(step)),
-        about={f"over.{k}" if k in about else k: v for k, v in base.about.items()} | about,
+        metadata={f"over.{k}" if k in metadata else k: v for k, v in base.metadata.items()} | metadata,
     )
 
 

@@ -88,12 +88,12 @@ def subspace(
         aged = {"age": p.new_zeros((), dtype=torch.float32)} if warmup else {}
         return {"P": p.new_zeros(p.shape[1], rank), **apart, **aged, **inner.init(b)}
 
-    def split(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+    def inward(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         return (g.float() + prox * slots["B"] if prox else g), inside(slots)
 
     def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
         assert inner.refresh is not None
-        new, ok = inner.refresh(*split(g, slots), key, only_missing)
+        new, ok = inner.refresh(*inward(g, slots), key, only_missing)
         return slots | new, ok
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
@@ -103,7 +103,7 @@ def subspace(
         if warmup:
             aged = {"age": slots["age"] + 1}
             still["lr"] = hyper["lr"] * (aged["age"] / warmup).clamp(max=1)
-        step, new = inner.update(*split(g, slots), b, still)
+        step, new = inner.update(*inward(g, slots), b, still)
         assert step is not None, f"{inner.name} moves its tensor"
         new = slots | new | aged | ({"B": b + step} if holds else {})
         delta = step @ slots["P"].float().T if form == "merged" else None
@@ -242,7 +242,7 @@ def rso(
                 state[key] = around(name, params[name], drawn[name], slots)
         return state
 
-    def view(params: Params, state: State) -> tuple[Params, Params]:
+    def split(params: Params, state: State) -> tuple[Params, Params]:
         trainable, frozen = Params(), Params()
         for name, w in params.items():
             if name not in under:
@@ -282,10 +282,10 @@ def rso(
             state[where] = around(name, w, p, blank)
         return params, state
 
-    def turn(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+    def switch(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
         if step % period == 0:
             params, state = anew(params, state, step, key)
-        if not base.turns(step):
+        if not base.switches(step):
             return params, state
         params, drawn = dict(params), bases(params, step - step % period)
         held = {
@@ -294,31 +294,31 @@ def rso(
             if bare(where) in under
         }
         plain = {k: {n: t for n, t in slots.items() if n not in held.get(bare(k), {})} for k, slots in state.items()}
-        _, turned = base.turn(inner(params), plain, step, key)
-        for name in [name for name in params if name in under and name in state and name not in turned]:
+        _, switched = base.switch(inner(params), plain, step, key)
+        for name in [name for name in params if name in under and name in state and name not in switched]:
             if form == "products":
                 params |= merge({name: params[name]}, {name: state[name]})
             held[name] |= {slot: torch.zeros_like(held[name][slot]) for slot in ("B",) if slot in held[name]}
-        for where, slots in turned.items():
+        for where, slots in switched.items():
             if (name := bare(where)) in under:
                 known = held.get(name)
-                turned[where] = known | slots if known else around(name, params[name], drawn[name], slots)
-        return params, turned
+                switched[where] = known | slots if known else around(name, params[name], drawn[name], slots)
+        return params, switched
 
-    moves = {**base.moves, **{f"{name.removesuffix('weight')}B": name for name in under}}
-    about = {"form": form, "rank": rank, "period": period, "projection": projection, "moments": moments, "prox": prox}
-    about |= {"warmup": warmup} if warmup else {}
+    parameter_of = {**base.parameter_of, **{f"{name.removesuffix('weight')}B": name for name in under}}
+    options = {"form": form, "rank": rank, "period": period, "projection": projection, "moments": moments, "prox": prox}
+    options |= {"warmup": warmup} if warmup else {}
     return Optimizer(
         owner,
         init,
-        updating(owner, moves),
+        updating(owner, parameter_of),
         due,
-        view=view,
-        turns=lambda step: (step > 0 and step % period == 0) or base.turns(step),
-        turn=turn,
-        moves=moves,
+        split=split,
+        switches=lambda step: (step > 0 and step % period == 0) or base.switches(step),
+        switch=switch,
+        parameter_of=parameter_of,
         batch=base.batch,
-        about={**base.about, **{f"rso.{option}": str(value) for option, value in about.items()}},
+        metadata={**base.metadata, **{f"rso.{option}": str(value) for option, value in options.items()}},
         merge=(lambda params, state: base.merge(merge(params, state), state)) if form == "products" else base.merge,
     )
 

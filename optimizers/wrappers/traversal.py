@@ -161,7 +161,7 @@ class Traversal(NamedTuple):
         part = drawn[mask * numel // self.masks : (mask + 1) * numel // self.masks]
         return part.int().sort().values
 
-    def turns(self, step: int) -> bool:
+    def switches(self, step: int) -> bool:
         """Is the mask of this step another than that of the step before?"""
         if step == 0 or self.at(step)[:2] == self.at(step - 1)[:2]:
             return False
@@ -293,14 +293,14 @@ def read(text: str) -> Traversal:
     return Traversal(**{**content, "groups": groups})
 
 
-def describe(about: Mapping[str, str], params: Params, step: int) -> dict[str, Any]:
-    """Where a step is in its traversal, as JSON, from the `about` of an optimizer or the head of a checkpoint.
+def describe(metadata: Mapping[str, str], params: Params, step: int) -> dict[str, Any]:
+    """Where a step is in its traversal, as JSON, from the `metadata` of an optimizer or the head of a checkpoint.
 
     "cycle", "mask" and "masks" (counted from 0; cycle -1 is the warm-up), "step" within the mask, "active" (labels),
     "order" (labels of every mask of the cycle), "trainable" (share of all elements) and "visits" (steps in which each
     group has trained, before this one).
     """
-    made = read(about["traversal"])
+    made = read(metadata["traversal"])
     cycle, mask, inside = made.at(step)
     labels, single = made.groups.labels, cycle < 0 or made.replacement
     coordinates = made.groups.kind == "coordinates"

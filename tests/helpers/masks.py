@@ -44,7 +44,7 @@ def make(model: Llama, optimizer: Optimizer, **options) -> Step:
 
 def run(step: Step, first: int, last: int, accumulation: int = 1, decay: float = DECAY) -> Step:
     for i in range(first, last):
-        step.turn(i)
+        step.switch(i)
         step(batches(step.optimizer.batch(i), accumulation), hypers(step.optimizer, i, decay), i)
     return step
 

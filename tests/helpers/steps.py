@@ -33,7 +33,7 @@ def make(model: nn.Module, rule=None, loss=None, frozen: tuple[str, ...] = (), *
     if frozen:
         moving = {name for name in params if name not in frozen}
         optimizer = optimizer._replace(
-            view=lambda params, state: (
+            split=lambda params, state: (
                 {n: p for n, p in params.items() if n in moving},
                 {n: p for n, p in params.items() if n not in moving},
             )

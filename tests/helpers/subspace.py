@@ -66,7 +66,7 @@ def hypers(optimizer: Optimizer, lr: float = LR) -> dict[str, dict[str, Tensor]]
 def run(step: Step, steps: int = 7, first: int = 0) -> list[float]:
     losses = []
     for i in range(first, first + steps):
-        step.turn(i)
+        step.switch(i)
         losses.append(step(batches(i), hypers(step.optimizer), i).loss.item())
     return losses
 

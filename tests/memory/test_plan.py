@@ -243,7 +243,7 @@ def test_a_task_of_any_module_is_planned_with_batches_of_its_own():
 
 def test_a_turn_is_part_of_the_plan():
     found = predicted("rso", TINY, settings(1, 8, compile="off"))
-    assert found.moments["turn"] > found.weights + found.state, "the new P, while the old one is there"
+    assert found.moments["switch"] > found.weights + found.state, "the new P, while the old one is there"
 
 
 def test_parts_add_up_and_blocks_share_nothing_but_their_graphs():
@@ -271,9 +271,9 @@ def test_what_a_run_does_beside_its_steps_is_part_of_the_plan(method):
     tables = {id(b): b for s in segments for b in s.module.buffers()}.values()
     fixed = sum(t.nbytes for t in (*params.values(), *tables, *batch.values()))
     fixed += sum(map(state_bytes, step.state.values()))
-    step.chain.loss(step.view(), batch)
+    step.chain.loss(step.tensors(), batch)
     gc.collect()
-    counted = fixed + counted_peak(lambda: step.chain.loss(step.view(), batch))
+    counted = fixed + counted_peak(lambda: step.chain.loss(step.tensors(), batch))
     if method != "omgd":  # whose planned state is that of a later mask
         assert found.moments["evaluation"] == pytest.approx(counted, rel=0.03)
 

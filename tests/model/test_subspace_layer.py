@@ -83,10 +83,14 @@ def test_the_names_of_model_and_optimizer_are_the_same():
     step = make(model)
     slots = {name for name, p in model.named_parameters() if p.is_meta}
     assert slots == {n.removesuffix("weight") + s for n in matrices(model) for s in "PB"}
-    trainable, frozen = step.optimizer.view(step.params, step.state)
+    trainable, frozen = step.optimizer.split(step.params, step.state)
     assert {**frozen, **trainable}.keys() == dict(model.named_parameters()).keys()
-    assert {n for n in trainable if n in slots} == {n for n in slots if n.endswith(".B")} == set(step.optimizer.moves)
+    assert (
+        {n for n in trainable if n in slots}
+        == {n for n in slots if n.endswith(".B")}
+        == set(step.optimizer.parameter_of)
+    )
     assert {n for n in frozen if n in slots} == {n for n in slots if n.endswith(".P")}
     for name in slots:
-        assert step.view()[name].shape == dict(model.named_parameters())[name].shape
-    assert [step.optimizer.moves[n.removesuffix("weight") + "B"] for n in matrices(model)] == matrices(model)
+        assert step.tensors()[name].shape == dict(model.named_parameters())[name].shape
+    assert [step.optimizer.parameter_of[n.removesuffix("weight") + "B"] for n in matrices(model)] == matrices(model)

@@ -280,9 +280,9 @@ def test_a_mask_that_drops_moments_drops_their_clock(policy):
     made = omgd(base, params, traversal(layers(params), Key(0), active=1, period=2), state_policy=policy)
     state = made.init(params)
     for t in range(8):
-        if made.turns(t):
-            _, state = made.turn(params, state, t, Key(0))
-        trained = {n: randn(6, 6, seed=t) for n in made.view(params, state)[0]}
+        if made.switches(t):
+            _, state = made.switch(params, state, t, Key(0))
+        trained = {n: randn(6, 6, seed=t) for n in made.split(params, state)[0]}
         state, _ = refresh(made, trained, state, t, Key(0))
         params, state = made.update(trained, state, params, {"all": hyper()})
         for n in trained:

@@ -35,7 +35,7 @@ def test_evaluation_is_in_evaluation_mode_and_training_in_training_mode(mode, ch
     step = make(model, loss=None if chain else whole)
     before = tensors(step)
     (batch,) = data(0)
-    found = [step.chain.loss(step.view(), batch) for _ in range(3)]
+    found = [step.chain.loss(step.tensors(), batch) for _ in range(3)]
     assert equal(before, tensors(step)), "evaluating changes nothing"
     reference = copy.deepcopy(model).eval()
     for total, count in found:
@@ -54,7 +54,7 @@ def test_what_was_in_evaluation_mode_on_purpose_stays_in_it():
     step = make(model)
     before = tensors(step)
     for i in range(3):
-        step.chain.loss(step.view(), data(i)[0])
+        step.chain.loss(step.tensors(), data(i)[0])
         step(data(i))
     assert all(step.buffers[n].equal(before[n]) for n in step.buffers)
     assert not step.params["blocks.0.norm.weight"].equal(before["blocks.0.norm.weight"])
@@ -186,7 +186,7 @@ def test_every_step_micro_batch_and_segment_draws_its_own_and_nobody_elses_draws
     stacked = make(stack())
     torch.manual_seed(1)
     stacked(data(0))
-    stacked.chain.loss(stacked.view(), data(0)[0])
+    stacked.chain.loss(stacked.tensors(), data(0)[0])
     assert torch.rand(4).equal(expected), "the caller's generator is as it was"
     assert len({tuple(t.tolist()) for t in one}) == 8, "2 steps, 2 micro-batches, 2 segments"
     assert all(a.equal(b) for a, b in zip(one, again, strict=True))

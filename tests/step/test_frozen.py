@@ -56,7 +56,7 @@ def test_a_frozen_parameter_has_no_gradient_no_state_and_does_not_move(method, r
     tokens = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
     for i in range(5):
-        step.turn(i)
+        step.switch(i)
         result = step([batch], step=i)
         assert not {n for names, _ in result.squares for n in names} & set(frozen)
     assert len(frozen) == 9 and not any(n.removeprefix("parked:") in frozen for n in step.state)

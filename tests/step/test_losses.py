@@ -118,7 +118,7 @@ def test_every_field_of_a_token_reaches_the_slices_of_the_head(recompute, accumu
     pairs = zip(losses, batches, strict=True)
     total = sum((own * b["weights"].flatten()).sum() / 2 for own, b in pairs) / sum(b["weights"].sum() for b in batches)
     norm = torch.stack([g.norm() for g in torch.autograd.grad(total, model.parameters())]).norm()
-    summed, count = step.chain.loss(step.view(), batches[0])
+    summed, count = step.chain.loss(step.tensors(), batches[0])
     result = step(batches)
     assert result.loss.item() == pytest.approx(total.item(), rel=1e-5)
     assert result.norm.item() == pytest.approx(norm.item(), rel=1e-4)

@@ -91,7 +91,7 @@ def train(step: Step, steps: range) -> list[float]:
     hyper = {"lr": torch.tensor(0.01), "weight_decay": torch.tensor(0.0)}
     losses = []
     for t in steps:
-        step.turn(t)
+        step.switch(t)
         losses.append(float(step([batch(t % 2)], {g.name: hyper for g in step.optimizer.owner.values()}, t).loss))
     return losses
 
@@ -130,9 +130,9 @@ def test_a_layer_that_leaves_takes_its_product_along(name):
     hyper = {"lr": torch.tensor(0.01), "weight_decay": torch.tensor(0.0)}
     for t in range(STEPS):
         losses = []
-        for change in (lambda: None, lambda t=t: step.turn(t)):
+        for change in (lambda: None, lambda t=t: step.switch(t)):
             change()
-            losses.append(float(step.chain.loss(step.view(), batch(0))[0]))
+            losses.append(float(step.chain.loss(step.tensors(), batch(0))[0]))
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), t
         step([batch(t % 2)], {g.name: hyper for g in step.optimizer.owner.values()}, t)
 

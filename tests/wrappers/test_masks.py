@@ -116,7 +116,7 @@ def test_algorithm_2_skips_the_layers_that_a_cycle_has_left():
     assert max(Counter([*masks.active(10), *masks.active(11)]).values()) == 1
     assert all(abs(visits[i] / 2000 - 3 / 7) < 0.05 for i in range(7))
     one = traversal(layers(named(5)), KEY, active=3, period=1, remainder="reset")
-    assert any(one.turns(t) for t in range(1, 9)), "one mask a cycle, and another in each"
+    assert any(one.switches(t) for t in range(1, 9)), "one mask a cycle, and another in each"
 
 
 @pytest.mark.parametrize(("order", "epochs", "warmup"), [("epochwise", 1, 0), ("joint", 1, 1), ("epochwise", 2, 1)])
@@ -132,7 +132,7 @@ def test_each_pair_of_a_mask_and_a_window_comes_equally_often_in_every_cycle(tmp
             windows = [int(k) for k in data.which(masks.batch(step) * size, size) if k >= 0]
             pairs.update((group, window) for group in masks.active(step) for window in windows)
         assert pairs == {(group, window): epochs for group in range(5) for window in range(data.windows)}
-        switches = sum(masks.turns(step) for step in range(start + 1, start + masks.length))
+        switches = sum(masks.switches(step) for step in range(start + 1, start + masks.length))
         assert switches == 2 if order == "epochwise" else switches > 10
 
 
@@ -196,15 +196,17 @@ def test_two_processes_choose_the_same_masks():
 def test_a_head_of_a_checkpoint_says_where_a_run_is():
     params = named(4, 10)
     masks = traversal(layers(params), KEY, active=2, period=3, mask_warmup=2)
-    about = omgd(everything(params, sgd()), params, masks).about
-    assert all(isinstance(value, str) for value in about.values())
-    now = describe(about, params, 9)
+    metadata = omgd(everything(params, sgd()), params, masks).metadata
+    assert all(isinstance(value, str) for value in metadata.values())
+    now = describe(metadata, params, 9)
     assert (now["cycle"], now["mask"], now["masks"], now["step"]) == (1, 0, 2, 1)
     assert now["active"] == [f"layers.{i}" for i in masks.active(9)] == now["order"][0]
     assert sorted(label for mask in now["order"] for label in mask) == [f"layers.{i}" for i in range(4)]
     assert now["trainable"] == pytest.approx(3 / 5)
     assert sorted(now["visits"].values()) == [5, 5, 6, 6]
-    assert describe(about, params, 0)["active"] == [f"layers.{i}" for i in range(4)]
+    assert describe(metadata, params, 0)["active"] == [f"layers.{i}" for i in range(4)]
     small = traversal(coordinates(params, ("layers",)), KEY, keep=0.5, period=3)
-    assert describe(omgd(everything(params, sgd()), params, small).about, params, 4)["trainable"] == pytest.approx(0.6)
+    assert describe(omgd(everything(params, sgd()), params, small).metadata, params, 4)["trainable"] == pytest.approx(
+        0.6
+    )
     json.dumps(now)

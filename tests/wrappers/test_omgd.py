@@ -90,7 +90,7 @@ def test_what_is_frozen_stands_still(kind, rule, policy):
         return
     step = make(model, omgd(everything(params, rule), params, masks, "grad", policy))
     for i in range(8):
-        step.turn(i)
+        step.switch(i)
         before = {name: p.detach().clone() for name, p in step.params.items()}
         parked = {
             key: {slot: t.clone() for slot, t in slots.items()}
@@ -149,7 +149,7 @@ def test_micro_batches_make_the_step_of_their_union(recompute):
         for i in range(7):
             data = batches(i, 3)
             union = {key: torch.cat([batch[key] for batch in data]) for key in data[0]}
-            step.turn(i)
+            step.switch(i)
             step([union] if whole else data, hypers(step.optimizer, i), i)
         ends.append(step.params)
     assert distance(ends[0], ends[1]) < 1e-4
@@ -182,8 +182,8 @@ def test_the_scale_is_one_until_the_masks_begin():
     optimizer = omgd(everything(params, adamw()), params, masks)
     state = optimizer.init(params)
     assert state.keys() == params.keys() and all(state[f"layers.{i}.w"]["scale"] == 1 for i in range(4))
-    assert [optimizer.turns(t) for t in range(8)] == [False, False, True, False, False, True, False, False]
-    _, state = optimizer.turn(params, state, 2, KEY)
+    assert [optimizer.switches(t) for t in range(8)] == [False, False, True, False, False, True, False, False]
+    _, state = optimizer.switch(params, state, 2, KEY)
     assert len(state) == 3 and {float(slots.get("scale", torch.tensor(0.0))) for slots in state.values()} == {0.0, 2.0}
     assert optimizer.init(params, 3).keys() == state.keys() and len(optimizer.init(params, 2)) == 5
 
@@ -220,7 +220,7 @@ def test_steps_are_those_of_torch_with_gradients_switched_on_and_off(replacement
     model, reference = llama(4), llama(4)
     params = dict(model.named_parameters())
     masks = traversal(layers(params), KEY, active=2, period=2, replacement=replacement)
-    assert any(set(masks.active(t)) & set(masks.active(t + 2)) for t in range(0, 12, 2)), "some stay at a turn"
+    assert any(set(masks.active(t)) & set(masks.active(t + 2)) for t in range(0, 12, 2)), "some stay at a switch"
     mode = "none" if replacement else "grad"
     step = run(make(model, omgd(everything(params, adamw(eps=EPS)), params, masks, mode, policy)), 0, 13)
     expected = by_hand(reference, masks, 1.0 if replacement else 2.0, 13, policy == "drop")

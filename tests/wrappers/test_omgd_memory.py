@@ -23,7 +23,7 @@ def test_state_is_that_of_the_active_set_before_and_after_two_cycles():
     active = sum(p.numel() for n, p in everything_.items() if ".layers." not in n)
     active += sum(p.numel() for n, p in everything_.items() if ".layers.0." in n) * 3
     for i in range(17):
-        step.turn(i)
+        step.switch(i)
         step(few_tokens(1), hypers(step.optimizer, i), i)
         scalars = sum(4 + 16 + (4 if "scale" in slots else 0) for slots in step.state.values())  # clock, scale
         assert held(step) == 8 * active + scalars, i
@@ -33,7 +33,7 @@ def test_state_is_that_of_the_active_set_before_and_after_two_cycles():
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_those_of_one_active_segment_at_a_time(recompute):
     step = masked(3)
-    trainable, frozen = step.optimizer.view(step.params, step.state)
+    trainable, frozen = step.optimizer.split(step.params, step.state)
     for name, p in step.params.items():
         p.requires_grad_(name in trainable)
     seen: list[dict[str, Tensor]] = []
@@ -69,9 +69,9 @@ def test_no_backward_below_the_lowest_segment_that_trains():
     head, rest = (next(t for t in (2, 3) if masks.active(t) == (i,)) for i in (0, 1))
     peaks, losses = {}, {}
     for i in range(4):
-        step.turn(i)
+        step.switch(i)
         peaks[i] = counted_peak(lambda i=i: losses.update({i: step(text(8), hypers(step.optimizer, i), i).loss}))
-        lowest = step.chain.lowest(step.view())
+        lowest = step.chain.lowest(step.tensors())
         assert lowest == (step.chain.last if masks.active(i) == (0,) else 0)
     assert peaks[head] < 0.3 * peaks[rest]
     assert all(loss.isfinite() for loss in losses.values())

@@ -47,7 +47,7 @@ TURNING = {
 }
 
 
-def turning(case: str, model: Llama) -> Optimizer:
+def masked_in(case: str, model: Llama) -> Optimizer:
     rule, kind, policy = TURNING[case]
     params = dict(model.named_parameters())
     base = (everything if kind == "coordinates" else over_matrices)(params, rule)
@@ -59,15 +59,15 @@ def turning(case: str, model: Llama) -> Optimizer:
 def test_a_run_goes_on_from_every_step_of_two_cycles_to_the_bit(tmp_path, case):
     steps = 13
     model = llama(3)
-    optimizer = turning(case, model)
+    optimizer = masked_in(case, model)
     step = make(model, optimizer)
     for i in range(steps):
-        checkpoint.save(tmp_path, i, step.params, step.state, {}, {}, optimizer.about)
+        checkpoint.save(tmp_path, i, step.params, step.state, {}, {}, optimizer.metadata)
         run(step, i, i + 1)
     for i in range(steps):
         saved = checkpoint.load(tmp_path / f"step-{i:08d}")
         model = llama(3)
-        again = make(model, turning(case, model))
+        again = make(model, masked_in(case, model))
         expected = again.optimizer.init(again.params, i)
         assert list(saved.state) == list(expected)
         for key, slots in expected.items():
@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_every_step_of_two_cycles_to_the_bit(tmp_path, case):
         for key, slots in step.state.items():
             assert slots.keys() == again.state[key].keys()
             assert all(t.equal(again.state[key][slot]) for slot, t in slots.items()), (i, key)
-        assert describe(saved.header, saved.params, i) == describe(again.optimizer.about, again.params, i)
+        assert describe(saved.header, saved.params, i) == describe(again.optimizer.metadata, again.params, i)
 
 
 def test_what_is_dropped_starts_anew_and_what_is_kept_goes_on():

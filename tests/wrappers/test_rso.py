@@ -86,7 +86,7 @@ def test_any_inner_rule_lowers_the_loss_across_turns(form, inner, options):
     step, (batch,) = make(llama(1), form, rule=INNER[inner], decay=0.0, options=options), batches(0)
     losses, due = [], []
     for i in range(3 * PERIOD):
-        step.turn(i)
+        step.switch(i)
         result = step([batch], hypers(step.optimizer), i)
         losses.append(result.loss.item())
         due.append(len(result.refreshed))
@@ -94,7 +94,9 @@ def test_any_inner_rule_lowers_the_loss_across_turns(form, inner, options):
     assert losses[-1] < losses[0] - 0.05
     if INNER[inner].refresh:
         assert [n == 7 for n in due[::PERIOD]] == [True] * 3, "each new P brings new bases"
-    assert step.optimizer.turns(PERIOD) and not step.optimizer.turns(0) and not step.optimizer.turns(PERIOD + 1)
+    assert (
+        step.optimizer.switches(PERIOD) and not step.optimizer.switches(0) and not step.optimizer.switches(PERIOD + 1)
+    )
 
 
 def test_both_forms_are_one_method():
@@ -112,11 +114,11 @@ def test_a_turn_changes_p_and_not_the_loss(form, moments, share):
     step = make(llama(2), form, options={"moments": moments, "share": share})
     run(step, PERIOD)
     (batch,) = batches(50)
-    before, old = step.chain.loss(step.view(), batch)[0], {n: dict(s) for n, s in step.state.items()}
+    before, old = step.chain.loss(step.tensors(), batch)[0], {n: dict(s) for n, s in step.state.items()}
     weights = full(step)
     kept = {n: {k: t.clone() for k, t in s.items()} for n, s in old.items()}
-    assert step.turn(PERIOD) and not step.turn(PERIOD + 1)
-    assert step.chain.loss(step.view(), batch)[0].item() == pytest.approx(before.item(), rel=1e-6)
+    assert step.switch(PERIOD) and not step.switch(PERIOD + 1)
+    assert step.chain.loss(step.tensors(), batch)[0].item() == pytest.approx(before.item(), rel=1e-6)
     assert distance(step.params, weights) < 1e-6 and list(step.state) == list(step.params)
     for name, slots in step.state.items():
         was = kept[name]
@@ -151,10 +153,10 @@ def test_a_turn_of_parts_is_the_turn_of_the_whole(form):
     step = make(llama(2), form, options={"share": SHARED})
     run(step, PERIOD)
     optimizer, names = step.optimizer, list(step.params)
-    params, state = optimizer.turn(step.params, step.state, PERIOD, Key(5))
+    params, state = optimizer.switch(step.params, step.state, PERIOD, Key(5))
     for own in (names[:9], names[9:]):
         some = {n: step.params[n] for n in own}
-        p, s = optimizer.turn(some, {n: step.state[n] for n in own}, PERIOD, Key(5))
+        p, s = optimizer.switch(some, {n: step.state[n] for n in own}, PERIOD, Key(5))
         assert list(p) == own and list(s) == own
         for n in own:
             assert torch.equal(p[n], params[n])
@@ -203,8 +205,8 @@ def test_after_a_new_p_the_inner_rule_warms_up(form, moments):
         optimizer = rso(base, params, params, 3, PERIOD, form=form, moments=moments, **options)
         state = optimizer.init(params)
         for i, rate in enumerate(rates):
-            if optimizer.turns(i):
-                params, state = optimizer.turn(params, state, i, Key(0))
+            if optimizer.switches(i):
+                params, state = optimizer.switch(params, state, i, Key(0))
             own = hypers(optimizer, LR * rate)
             params, state = optimizer.update({"x.B": randn(6, 3, seed=i)}, state, params, own)
         return optimizer.merge(params, state)["x.weight"], state

@@ -68,7 +68,7 @@ def counted(period: int, form: str, steps: int) -> list[int]:
     step = make(llama(2), form, period=period, options={"share": SHARED}, mode="segments")
     numbers = []
     for i in range(steps):
-        assert step.turn(i) == (i > 0 and i % period == 0)
+        assert step.switch(i) == (i > 0 and i % period == 0)
         step(batches(i), hypers(step.optimizer), i)
         numbers.append(compiled_graphs())
     return numbers
@@ -99,7 +99,7 @@ def stack(form: str | None, share: tuple = (), mode: str = "off", layers: int = 
 def saved_units(form: str | None, share: tuple = (), mode: str = "off") -> float:
     """What the forward of a block keeps for backward, its input included, parameters and rotary tables not."""
     step, (batch,) = stack(form, share, mode)
-    trainable, frozen = step.optimizer.view(step.params, step.state)
+    trainable, frozen = step.optimizer.split(step.params, step.state)
     params = {**frozen, **trainable}
     for name, p in params.items():
         p.requires_grad_(name in trainable)
@@ -178,7 +178,7 @@ def test_state_and_gradients_have_the_sizes_of_the_table(size):
         p = {id(s["P"]): s["P"] for s in state.values() if "P" in s}.values()
         assert all(t.dtype == torch.bfloat16 and t.is_meta for t in p)
         assert sum(t.numel() for t in p) * 2 / 1e9 == pytest.approx(expected, abs=0.6 * 10**-digits)
-        trainable, _ = optimizer.view(params, state)
+        trainable, _ = optimizer.split(params, state)
         assert sum(t.numel() * t.element_size() for t in trainable.values()) / 1e9 == pytest.approx(
             small, abs=0.6 * 10**-digits
         )

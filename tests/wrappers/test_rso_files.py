@@ -50,9 +50,9 @@ def test_bf16_weights_move_by_less_than_they_resolve(form):
         assert all(s.dtype == torch.float32 for n, s in step.state["layer.weight"].items() if n != "P")
         rate = hypers(optimizer, 2.0**-10)
         for i in range(4):  # each step moves every weight by a quarter of half a unit in the last place
-            step.turn(i)
+            step.switch(i)
             step([{"x": torch.ones(1, 512, dtype=torch.bfloat16)}], rate, i)
-        step.turn(4)
+        step.switch(4)
         return model.layer.weight.detach()
 
     w = moved(True)
@@ -96,9 +96,11 @@ def test_generation_reads_the_merged_weights(tmp_path, form):
     model = llama(2)
     step = make(model, form)
     run(step, PERIOD + 2)
-    path = save(tmp_path, 5, step.params, step.state, {"config": {}}, model.config.to_hf(), dict(step.optimizer.about))
+    path = save(
+        tmp_path, 5, step.params, step.state, {"config": {}}, model.config.to_hf(), dict(step.optimizer.metadata)
+    )
     (batch,) = batches(3)
-    expected, count = step.chain.loss(step.view(), batch)
+    expected, count = step.chain.loss(step.tensors(), batch)
     read = load_model(path, torch.device("cpu"))
     got = read.loss(batch["input_ids"], batch["targets"]) * count
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -158,7 +160,7 @@ def test_a_foreign_module_trains_under_rso():
     batch, start = {"x": x, "y": (x[:, 0] > 0).long()}, {n: p.detach().clone() for n, p in params.items()}
     losses = []
     for i in range(60):
-        step.turn(i)
+        step.switch(i)
         losses.append(step([batch], hypers(step.optimizer), i).loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert all(not torch.equal(p, start[n]) for n, p in params.items())
