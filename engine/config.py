@@ -1,4 +1,4 @@
-"""What every run can be told: the fields are flags of every recipe, the strings under them their help."""
+"""Settings of every run. The fields are flags of every recipe, and the strings under them are their help."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Optimizers as pure functions over named tensors. One paper a file; the contract is in `core`."""
+"""Optimizers as pure functions over named tensors. `contract` says what a rule and an optimizer are."""

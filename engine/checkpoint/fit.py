@@ -1,4 +1,4 @@
-"""Does a checkpoint fit a model? Then its tensors can be copied in."""
+"""Copying a checkpoint's tensors into a model, after all names, shapes and dtypes were compared."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Which process is this, and does that one still live? A number alone does not say: systems give it away again."""
+"""Process identity: number and start time, as systems give numbers again; and whether such a process still runs."""
 
 import os
 import socket

@@ -1,4 +1,5 @@
-"""Who moves a parameter, and how: what the head of a checkpoint says of the rules, so that tools need not guess."""
+"""The rule, its options and its learning rate for each parameter, in the head of a checkpoint, so that tools need not
+guess."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""How much of a corpus its tokenizer cannot say: counted, put in words, and refused above a share."""
+"""The characters of a corpus that its tokenizer cannot represent: counted, reported, and refused above a share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a tokenizer cannot say: counted by document, whatever the tokenizer does with it.
+"""Characters that a tokenizer cannot represent, counted by document, whatever the tokenizer does with them.
 
 Some tokenizers put an unknown token in its place, some leave it out without a word, some raise. Here all of them are
 made to show it, by an unknown token that is added where there is none and taken out again from what comes back.

@@ -1,4 +1,4 @@
-"""A step whose tensors are counted, to hold against what the planner predicts."""
+"""One step with every allocation counted, to compare with the planner's prediction."""
 
 from collections.abc import Callable
 

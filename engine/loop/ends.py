@@ -1,4 +1,4 @@
-"""How a run ends before its last step."""
+"""The exceptions with which a run ends before its last step."""
 
 import signal
 from pathlib import Path

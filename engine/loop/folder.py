@@ -1,4 +1,4 @@
-"""Where a run lives: its device, its folder, and the checkpoint that it goes on from."""
+"""The folder of a run, its device, and the checkpoint that it continues from."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the steps since the last line amount to. Their numbers stay on the device until somebody asks."""
+"""Sums of the steps' losses and norms between two log lines. They stay on the device until a line is printed."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
-"""Where a resumed run reads on: which rows its position means is decided by settings, and they may have changed."""
+"""The position in the data at which a resumed run continues. Settings decide which rows a position means; they may
+differ."""
 
 import json
 from collections.abc import Callable, Mapping

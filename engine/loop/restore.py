@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: weights, optimizer state and place in the data, put where a step trains them."""
+"""Continuing from a checkpoint: its weights, optimizer state and position in the data are put into a step."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a finished run amounts to: `result.json`."""
+"""`result.json`: the settings, final metrics and costs of a finished run."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The line that a run shows of itself, and the memory that it says."""
+"""The progress line of a run: loss, learning rates, throughput, memory."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Which tensors have no basis yet: a gradient of zeros gives none, and the first one that says something has to.
+"""Which tensors have no basis yet: a gradient of zeros gives none, so the first one that is not zero has to.
 
 Until then a rule's `refresh` is called at every step, with `only_missing`: what is built already stays bitwise as it
 is. So the numbers do not depend on when the host learns that a basis is there, and it need not wait for the device to

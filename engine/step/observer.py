@@ -1,4 +1,4 @@
-"""Who watches a step: the planner, a profiler, NVTX ranges. By default nobody."""
+"""Callbacks that a step makes as it runs, for the planner, a profiler or NVTX ranges. By default they do nothing."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext

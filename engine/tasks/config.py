@@ -1,4 +1,4 @@
-"""What a run on text can be told, beside what every run can."""
+"""Settings of a run on text, beside those of every run."""
 
 from dataclasses import dataclass
 

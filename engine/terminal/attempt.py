@@ -1,4 +1,5 @@
-"""What comes after the work is done: it may fail, and the work is done all the same."""
+"""Reports and pictures made after a run was saved: where one fails, the failure is a line and the run still
+succeeded."""
 
 from collections.abc import Callable
 

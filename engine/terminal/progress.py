@@ -1,4 +1,4 @@
-"""How far a long piece of work is."""
+"""The progress bar of a long piece of work."""
 
 from time import monotonic
 
