@@ -1,31 +1,64 @@
-"""What applies rules to tensors, and rounds."""
+"""The one place that applies a rule: to a tensor (`move`, `rebuild`), and to named tensors (`update`, `refresh`)."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .contract import Group, Hyper, Optimizer, Params, State
+from .contract import Hyper, Optimizer, Params, Rule, Slots, State
 from .random import Key, fold
 
+Bound = Literal["none", "tensor", "scale"]
 
-def updating(
-    owner: Mapping[str, Group], parameter_of: Mapping[str, str] = MappingProxyType({})
-) -> Callable[[Params, State, Params, Mapping[str, Hyper]], tuple[Params, State]]:
-    """An optimizer's `update`: (gradients, state, params, hyper by group) -> (params, state), by each owner's rule."""
 
-    def update(grads: Params, state: State, params: Params, hyper: Mapping[str, Hyper]) -> tuple[Params, State]:
-        new_params, new_state = dict(params), dict(state)
-        for trained, g in grads.items():
-            name = parameter_of.get(trained, trained)
-            group = owner[name]
-            delta, new_state[name] = group.rule.update(g, state[name], params[name], hyper[group.name])
-            if delta is not None:
-                new_params[name] = add(params[name], delta)
-        return new_params, new_state
+def move(
+    rule: Rule,
+    g: Tensor,
+    slots: Slots,
+    p: Tensor,
+    hyper: Hyper,
+    *,
+    clip: Bound = "none",
+    bound: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Slots, Tensor]:
+    """One tensor, moved by its rule: the new p, the new slots, and the 0-d float32 square of g's norm before clipping.
 
-    return update
+    `clip` says what the 0-d `bound` is: "none" needs none, "tensor" scales g to at most this norm, "scale" multiplies g
+    by it. The new p is `add(p, delta, seed)`, or p itself where the rule does not move it; a slot that stays is the old
+    tensor. Nothing is written: the caller decides what becomes of the old ones.
+    """
+    square = g.float().square().sum(-1, keepdim=True).sum()  # by rows: Subset-Norm's own sums, read once
+    if clip == "tensor":
+        assert bound is not None, "the norm to clip at"
+        g = g.float() * (bound / (square.sqrt() + 1e-6)).clamp(max=1)
+    elif clip == "scale":
+        assert bound is not None, "what to multiply by"
+        g = g.float() * bound
+    delta, new = rule.update(g, slots, p, hyper)
+    return (p if delta is None else add(p, delta, seed)), new, square
+
+
+def rebuild(
+    rule: Rule, name: str, g: Tensor, slots: Slots, step: int, key: Key, only_missing: bool = False
+) -> tuple[Slots, Tensor]:
+    """The slots with what depends on this step's gradient rebuilt, and whether it was usable: see `Rule.refresh`. Draws
+    are those of (`key`, `name`, `step`)."""
+    assert rule.refresh is not None, name
+    return rule.refresh(g, slots, fold(key, name, step), only_missing)
+
+
+def update(
+    optimizer: Optimizer, grads: Params, state: State, params: Params, hyper: Mapping[str, Hyper]
+) -> tuple[Params, State]:
+    """Every parameter that has a gradient, moved by its owner's rule; `hyper` is by group. Nothing is written."""
+    params, state = dict(params), dict(state)
+    for trained, g in grads.items():
+        name = optimizer.parameter_of.get(trained, trained)
+        group = optimizer.owner[name]
+        params[name], state[name], _ = move(group.rule, g, state[name], params[name], hyper[group.name])
+    return params, state
 
 
 def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: Key) -> tuple[State, list[Tensor]]:
@@ -39,10 +72,10 @@ def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: K
         if rule.refresh is None:
             continue
         if name in due:
-            state[name], ok = rule.refresh(g, state[name], fold(key, name, step))
+            state[name], ok = rebuild(rule, name, g, state[name], step, key)
             flags.append(ok)
         elif rule.built is not None and not rule.built(state[name]):
-            state[name], _ = rule.refresh(g, state[name], fold(key, name, step), only_missing=True)
+            state[name], _ = rebuild(rule, name, g, state[name], step, key, only_missing=True)
     return state, flags
 
 

@@ -160,7 +160,6 @@ class Optimizer(NamedTuple):
 
     owner: Mapping[str, Group]
     init: Callable[..., State]
-    update: Callable[[Params, State, Params, Mapping[str, Hyper]], tuple[Params, State]]
     due: Callable[[int], tuple[str, ...]]
     split: Callable[[Params, State], tuple[Params, Params]] = lambda params, state: (params, {})
     switches: Callable[[int], bool] = lambda step: False

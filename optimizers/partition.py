@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from .apply import updating
 from .contract import Group, Optimizer, Params, State, UsageError
 
 
@@ -103,7 +102,7 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
             {name: p for name, p in params.items() if name not in state},
         )
 
-    return Optimizer(owner, lambda params, step=0: blank(owner, params), updating(owner), due, split)
+    return Optimizer(owner, lambda params, step=0: blank(owner, params), due, split)
 
 
 def blank(owner: Mapping[str, Group], params: Params) -> State:

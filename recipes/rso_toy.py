@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.checkpoint.lock import claim
 from engine.curves import COLOURS, FAINT, INK, save, spread
 from engine.terminal.attempt import attempt
-from optimizers.apply import refresh
+from optimizers.apply import refresh, update
 from optimizers.contract import Group, Hyper, Params, UsageError
 from optimizers.linalg import lift, project, svd_basis
 from optimizers.partition import partition
@@ -106,7 +106,7 @@ class Counterexample:
                 params, state = optimizer.switch(params, state, step, self.key)
             grads = {"x.B": g @ state["x.weight"]["P"]} if inside else {"x.weight": g}
             state, _ = refresh(optimizer, grads, state, step, self.key)
-            params, state = optimizer.update(grads, state, params, hyper)
+            params, state = update(optimizer, grads, state, params, hyper)
         norms.append(float(self.gradient(params["x.weight"].T).square().sum()))
         return norms
 

@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optimizers.apply import add
+from optimizers.apply import Bound, move
 from optimizers.contract import Hyper, Rule, Slots
 
 Kernel = Callable[[Sequence[Tensor], Sequence[Slots], Sequence[Tensor], Sequence[Hyper], Tensor, Tensor | None], Tensor]
 
 
-def make_kernel(rules: Sequence[Rule], clip: str = "none") -> Kernel:
+def make_kernel(rules: Sequence[Rule], clip: Bound = "none") -> Kernel:
     """A function (grads, slots, params, hypers, bound, seed) -> squared gradient norms, (len(rules),) float32.
 
-    It moves `params` and `slots` in place. `clip` says what the 0-d `bound` is: "none" ignores it, "tensor" scales
-    each gradient to at most this norm, "scale" multiplies every gradient by it. The norms are those before clipping.
-    `seed` (len(rules),) int32, one a parameter, rounds bfloat16 parameters stochastically; None rounds to nearest.
+    It moves `params` and `slots` in place, each by `move`, to which `clip` and the 0-d `bound` go. The norms are those
+    before clipping. `seed` (len(rules),) int32, one a parameter, rounds bfloat16 parameters stochastically; None rounds
+    to nearest.
     """
 
     def kernel(
@@ -33,15 +33,11 @@ def make_kernel(rules: Sequence[Rule], clip: str = "none") -> Kernel:
     ) -> Tensor:
         squares = []
         for i, (rule, g, old, p, hyper) in enumerate(zip(rules, grads, slots, params, hypers, strict=True)):
-            square = g.float().square().sum(-1, keepdim=True).sum()  # by rows: Subset-Norm's own sums, read once
+            own = None if seed is None else seed[i]
+            moved, new, square = move(rule, g, old, p, hyper, clip=clip, bound=bound, seed=own)
             squares.append(square)
-            if clip == "tensor":
-                g = g.float() * (bound / (square.sqrt() + 1e-6)).clamp(max=1)
-            elif clip == "scale":
-                g = g.float() * bound
-            delta, new = rule.update(g, old, p, hyper)
-            if delta is not None:
-                p.copy_(add(p, delta, None if seed is None else seed[i]))
+            if moved is not p:
+                p.copy_(moved)
             for slot, value in new.items():
                 if value is not old[slot]:
                     old[slot].copy_(value)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from optimizers.apply import Bound, rebuild
 from optimizers.contract import Hyper, Optimizer, Params, State, UsageError, bare, part
 from optimizers.random import Key, fold, word
 
@@ -232,11 +233,9 @@ class _Update:
         names, state = self.step.moved(grads), self.step.state
         for name, g in zip(names, grads.values(), strict=True):
             if name in self.due or name in self.missing:
-                rule = self.step.optimizer.owner[name].rule
-                assert rule.refresh is not None, name
-                key = fold(self.step.key, name, self.count)
+                rule, missing = self.step.optimizer.owner[name].rule, name not in self.due
                 with self.step.observer.doing("refresh", "refresh"):
-                    slots, ok = rule.refresh(g, state[name], key, name not in self.due)
+                    slots, ok = rebuild(rule, name, g, state[name], self.count, self.step.key, missing)
                 for slot, value in slots.items():
                     if value is not state[name][slot]:
                         state[name][slot].copy_(value)
@@ -266,6 +265,6 @@ def _is_parameter(p: Tensor) -> bool:
     return isinstance(p, nn.Parameter)
 
 
-def _scaling(clip: Clip) -> Literal["none", "tensor", "scale"]:
+def _scaling(clip: Clip) -> Bound:
     """What the kernel does with its bound."""
     return "none" if clip == "none" else "tensor" if clip == "tensor" else "scale"

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..apply import updating
 from ..contract import PARKED, Group, Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError, bare, part
 from ..moments import Moments
 from ..partition import blank
@@ -170,7 +169,6 @@ def omgd(
     return base._replace(
         owner=owner,
         init=init,
-        update=updating(owner, base.parameter_of),
         due=due,
         switches=switches,
         switch=switch,

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply import add, updating
+from ..apply import add
 from ..contract import Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError, bare
 from ..moments import Moments
 from ..random import Key, fold, normal, permutation, word
@@ -311,7 +311,6 @@ def rso(
     return Optimizer(
         owner,
         init,
-        updating(owner, parameter_of),
         due,
         split=split,
         switches=lambda step: (step > 0 and step % period == 0) or base.switches(step),

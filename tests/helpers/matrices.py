@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from optimizers.apply import add
+from optimizers.apply import move
 from optimizers.contract import Rule, Slots
 from optimizers.random import Key
 
@@ -37,6 +37,5 @@ def run(rule: Rule, p: Tensor, steps: int, lr: float = 0.01, slots: Slots | None
         g = decaying(*p.shape, seed=50 + t)
         if t % rule.gap == 0:
             slots, _ = rule.refresh(g, slots, Key(t))
-        delta, slots = rule.update(g, slots, p, hyper(lr))
-        p = add(p, delta)
+        p, slots, _ = move(rule, g, slots, p, hyper(lr))
     return p, slots

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.step.segments import cut
 from engine.step.step import Step
 from optimizers import linalg
-from optimizers.apply import add, refresh
+from optimizers.apply import add, refresh, update
 from optimizers.contract import Group, Optimizer, Params, Rule, Slots
 from optimizers.linalg.polar import METHODS, newton_schulz, polar
 from optimizers.moments import factored
@@ -177,7 +177,7 @@ def test_a_basis_waits_for_the_first_gradient_that_gives_one(name, shape):
     state, zero = optimizer.init({"w": p}), torch.zeros(shape)
     for t in range(3):
         state, _ = refresh(optimizer, {"w": zero}, state, t, Key(0))
-        params, state = optimizer.update({"w": zero}, state, {"w": p}, {"all": hyper()})
+        params, state = update(optimizer, {"w": zero}, state, {"w": p}, {"all": hyper()})
         assert torch.equal(params["w"], p) and not rule.built(state["w"])
     g = gradient(*shape)
     state, flags = refresh(optimizer, {"w": g}, state, 3, Key(0))
@@ -284,7 +284,7 @@ def test_a_mask_that_drops_moments_drops_their_clock(policy):
             _, state = made.switch(params, state, t, Key(0))
         trained = {n: randn(6, 6, seed=t) for n in made.split(params, state)[0]}
         state, _ = refresh(made, trained, state, t, Key(0))
-        params, state = made.update(trained, state, params, {"all": hyper()})
+        params, state = update(made, trained, state, params, {"all": hyper()})
         for n in trained:
             moment, count = state[n]["exp_avg_sq"], state[n]["step"]
             assert count > 0 and moment.any()

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from optimizers.apply import refresh
+from optimizers.apply import refresh, update
 from optimizers.contract import Group, Optimizer, Params, Rule, State
 from optimizers.convert import Row, _update, convert
 from optimizers.moments import complete
@@ -52,7 +52,7 @@ def trained(made: Optimizer, steps: int = 60) -> State:
     for t in range(steps):
         grads = {name: mean + 0.5 * normal(fold(3, name, t), mean.shape) for name, mean in means.items()}
         state, _ = refresh(made, grads, state, t, fold(4))
-        params, state = made.update(grads, state, params, HYPER)
+        params, state = update(made, grads, state, params, HYPER)
     return state
 
 
@@ -169,7 +169,7 @@ def test_one_run_has_one_scale(rule, mode):
     names = list(state)
     for t in range(20):
         grads = {n: normal(fold(3, n, t), (20, 12)) + 1 for n in names}
-        _, state = two.update(grads, state, params, HYPER)
+        _, state = update(two, grads, state, params, HYPER)
     got, _ = convert(params, state, two, three, 20, fold(5))
     assert {float(slots["scale"]) for slots in got.values()} == {2.0}
     both = [n for n in names if n in got]
@@ -242,6 +242,6 @@ def test_what_was_frozen_starts_from_rest(name):
     state, rows = convert(params, known, source, target, 60, fold(5))
     assert "of its like" in {row.name: row.did for row in rows}["layers.1.w"]
     g = 0.5 * normal(fold(3, "next"), (20, 12))
-    moved, _ = target.update(dict.fromkeys(params, g), state, params, HYPER)
+    moved, _ = update(target, dict.fromkeys(params, g), state, params, HYPER)
     sizes = [float((moved[n] - p).norm()) for n, p in params.items()]
     assert sizes[1] < 1.5 * sizes[0], sizes

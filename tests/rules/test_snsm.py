@@ -11,7 +11,7 @@ from helpers.matrices import decaying, hyper, randn
 from torch import Tensor
 
 from optimizers import linalg
-from optimizers.apply import add, refresh
+from optimizers.apply import add, refresh, update
 from optimizers.clock import clock
 from optimizers.contract import Group, Rule, Slots, UsageError
 from optimizers.linalg import projections
@@ -74,7 +74,7 @@ def test_the_authors_trajectory(name):
             elif f"basis__{n}" in run:
                 state[n] = state[n] | {"basis": recorded(state[n]["basis"], run[f"basis__{n}"][t], params[n])}
         used = hyper(float(run["lr"][t]), meta.get("weight_decay", 0.0))
-        params, state = optimizer.update(grads, state, params, {"matrices": used, "rest": used})
+        params, state = update(optimizer, grads, state, params, {"matrices": used, "rest": used})
         for n, p in params.items():
             theirs = run[f"p__{n}"][t]
             way[n] += np.abs(theirs - (run[f"p__{n}"][t - 1] if t else problem[f"p0__{n}"]))
@@ -170,7 +170,7 @@ def test_picked_slices_stand_in_the_authors_order(shape, moments):
     for t in range(1, 13):
         g = randn(*shape, seed=t)
         state, _ = refresh(optimizer, {"w": g}, state, t - 1, Key(0))
-        params, state = optimizer.update({"w": g}, state, params, {"all": hyper(lr)})
+        params, state = update(optimizer, {"w": g}, state, params, {"all": hyper(lr)})
         d = g.double().numpy() if tall else g.double().numpy().T  # slices are rows
         fresh = t == 1 or t % gap == 0
         if fresh:
@@ -243,7 +243,7 @@ def test_a_replay_in_float64(case):
             before = replay.p
             replay.step(grads[n], state[n], params[n], n in due, options["lr"], options["wd"])
             way[n] += np.abs(replay.p - before)
-        params, state = optimizer.update(grads, state, params, {"all": hyper(options["lr"], options["wd"])})
+        params, state = update(optimizer, grads, state, params, {"all": hyper(options["lr"], options["wd"])})
         for n, replay in replays.items():
             assert_follows(params[n], replay.p, way[n], said=f"{n} at step {t}")
     gap = options["gap"]

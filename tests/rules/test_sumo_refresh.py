@@ -11,7 +11,7 @@ from engine.memory import counted_peak
 from engine.step.compile import compiled
 from engine.step.kernel import make_kernel
 from optimizers import linalg
-from optimizers.apply import add, refresh
+from optimizers.apply import add, refresh, update
 from optimizers.contract import Group
 from optimizers.partition import partition
 from optimizers.random import Key, normal
@@ -89,7 +89,7 @@ def test_a_basis_is_rebuilt_when_it_sees_too_little():
         state, (ok,) = refresh(optimizer, {"w": g}, state, t, Key(0))
         assert ok
         bases.append(state["w"]["basis"])
-        _, state = optimizer.update({"w": g}, state, {"w": p}, {"sumo": hyper(0.1)})
+        _, state = update(optimizer, {"w": g}, state, {"w": p}, {"sumo": hyper(0.1)})
     changed = [not torch.equal(a, b) for a, b in pairwise(bases)]
     assert changed == [False, False, True, False]
     below, _ = rule.refresh(0.1 * second / second.norm(), state["w"], Key(9))

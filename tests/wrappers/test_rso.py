@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.step.segments import cut
 from engine.step.step import Step
+from optimizers.apply import update
 from optimizers.contract import Group, State
 from optimizers.partition import partition
 from optimizers.random import Key, fold
@@ -174,7 +175,7 @@ def test_decay_multiplies_the_weight(form):
     state = optimizer.init(params)
     if form == "products":
         state["x.weight"]["B"] = randn(6, 3, seed=1)
-    moved, new = optimizer.update({"x.B": torch.zeros(6, 3)}, state, params, hypers(optimizer))
+    moved, new = update(optimizer, {"x.B": torch.zeros(6, 3)}, state, params, hypers(optimizer))
     torch.testing.assert_close(moved["x.weight"], w * (1 - LR * DECAY))
     assert form == "merged" or torch.equal(new["x.weight"]["B"], state["x.weight"]["B"])
 
@@ -187,7 +188,7 @@ def test_the_prox_term_is_b_over_eta(form):
     state, b, g = optimizer.init(params), torch.zeros(6, 3), randn(6, 3, seed=1)
     moved = params
     for _ in range(3):
-        moved, state = optimizer.update({"x.B": g}, state, moved, hypers(optimizer))
+        moved, state = update(optimizer, {"x.B": g}, state, moved, hypers(optimizer))
         b = b - LR * (g + prox * b)
     torch.testing.assert_close(state["x.weight"]["B"], b)
     whole = moved if form == "merged" else merge(moved, state)
@@ -208,7 +209,7 @@ def test_after_a_new_p_the_inner_rule_warms_up(form, moments):
             if optimizer.switches(i):
                 params, state = optimizer.switch(params, state, i, Key(0))
             own = hypers(optimizer, LR * rate)
-            params, state = optimizer.update({"x.B": randn(6, 3, seed=i)}, state, params, own)
+            params, state = update(optimizer, {"x.B": randn(6, 3, seed=i)}, state, params, own)
         return optimizer.merge(params, state)["x.weight"], state
 
     warm, state = moved([1.0] * 7, 0.0, warmup=2)
