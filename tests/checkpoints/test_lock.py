@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.runs import ONE_THREAD, ROOT, TINY, corpus, finish, here, newest, refused, start, stop_at
+from helpers.owner import owners
+from helpers.runs import ONE_THREAD, ROOT, TINY, corpus, finish, here, newest, refused, start, stop_at, tool
 
 from engine.checkpoint import lock
 from engine.checkpoint.lock import FILE, InUse, claim
@@ -19,90 +20,44 @@ from engine.checkpoint.process import Process, this
 from optimizers.contract import UsageError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD}
-TAKE = """
-    import sys, time
-    from pathlib import Path
-    from optimizers.contract import UsageError
-    from engine.checkpoint import lock
-    {before}
-    print("ready", flush=True)
-    while not Path("go").exists(): time.sleep(0.001)
-    try:
-        with lock.{how} as folder:
-            print("owns", folder, flush=True)
-            sys.stdin.readline()
-    except UsageError as error:
-        print("refused", error, flush=True)
-"""
-NO_FLOCK = "lock._flocks = lambda folder: False"
+each_flock = pytest.mark.parametrize("flocks", [True, False], ids=["flock", "no flock"])
 
 
-def processes(folder: Path, how: str, count: int, before: str = "") -> list[subprocess.Popen[str]]:
-    """That many which ask for a folder at the same instant, and hold what they get until a line comes."""
-    code = textwrap.dedent(TAKE).format(how=how, before=before)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=ENVIRONMENT, **pipes) for _ in range(count)
-    ]
-    assert all(p.stdout.readline() == "ready\n" for p in started)
-    (folder / "go").touch()
-    return started
-
-
-def answers(started):
-    return [next(line for line in p.stdout if line.startswith(("owns", "refused"))) for p in started]
-
-
-def end(started):
-    for p in started:
-        p.kill()
-        p.communicate()
-
-
-@pytest.mark.parametrize("before", ["", NO_FLOCK], ids=["flock", "no flock"])
-def test_of_several_that_start_at_once_one_owns_the_folder(tmp_path, before):
-    started = processes(tmp_path, "claim(Path('run'))", 4, before)
-    try:
-        said = answers(started)
-        owner = [p for p, line in zip(started, said, strict=True) if line.startswith("owns")]
-        assert len(owner) == 1, said
-        refusals = [line for line in said if line.startswith("refused")]
-        assert all(f"--out run: in use by process {owner[0].pid} on " in line for line in refusals), said
-        assert all("since 20" in line and f"kill {owner[0].pid}" in line for line in refusals), said
+@pytest.mark.run
+@each_flock
+def test_of_several_that_start_at_once_one_owns_the_folder(tmp_path, flocks):
+    with owners(tmp_path, "claim", "run", 4, flocks) as started:
+        said = [one.answer() for one in started]
+        (owner,) = (one for one, line in zip(started, said, strict=True) if line.startswith("owns"))
+        refusals, pid = [line for line in said if line.startswith("refused")], owner.process.pid
+        assert len(refusals) == 3 and all(f"--out run: in use by process {pid} on " in line for line in refusals), said
+        assert all("since 20" in line and f"kill {pid}" in line for line in refusals), said
         with pytest.raises(InUse):
             claim(tmp_path / "run").__enter__()
-        owner[0].communicate("\n", timeout=60)
+        owner.end()
         assert not list(tmp_path.glob("run/*"))
-    finally:
-        end(started)
 
 
-@pytest.mark.parametrize("before", ["", NO_FLOCK], ids=["flock", "no flock"])
-def test_several_that_take_a_new_folder_take_different_ones(tmp_path, before):
-    started = processes(tmp_path, "claim_new(Path('runs/new'))", 3, before)
-    try:
-        assert sorted(answers(started)) == sorted(f"owns runs/new{n}\n" for n in ("", "-2", "-3"))
-        for p in started:
-            p.communicate("\n", timeout=60)
+@pytest.mark.run
+@each_flock
+def test_several_that_take_a_new_folder_take_different_ones(tmp_path, flocks):
+    with owners(tmp_path, "claim_new", "runs/new", 3, flocks) as started:
+        assert sorted(one.answer() for one in started) == [f"owns runs/new{n}" for n in ("", "-2", "-3")]
+        for one in started:
+            one.end()
         assert not list(tmp_path.glob("runs/*"))
-    finally:
-        end(started)
 
 
-@pytest.mark.parametrize("before", ["", NO_FLOCK], ids=["flock", "no flock"])
-def test_the_lock_of_a_process_that_was_killed_is_taken_over_by_one(tmp_path, before, monkeypatch):
-    (killed,) = processes(tmp_path, "claim(Path('run'))", 1, before)
-    answers([killed])
-    killed.kill()
-    killed.communicate()
-    assert (tmp_path / "run" / FILE).exists()
-    (tmp_path / "go").unlink()
-    started = processes(tmp_path, "claim(Path('run'))", 3, before)
-    try:
-        assert [line[:4] for line in answers(started)].count("owns") == 1
-    finally:
-        end(started)
-    if before:
+@pytest.mark.run
+@each_flock
+def test_the_lock_of_a_process_that_was_killed_is_taken_over_by_one(tmp_path, flocks, monkeypatch):
+    with owners(tmp_path, "claim", "run", 1, flocks) as (killed,):
+        assert killed.answer().startswith("owns")
+        killed.kill()
+        assert (tmp_path / "run" / FILE).exists()
+    with owners(tmp_path, "claim", "run", 3, flocks) as started:
+        assert [one.answer()[:4] for one in started].count("owns") == 1
+    if not flocks:
         monkeypatch.setattr(lock, "_flocks", lambda folder: False)
     said = []
     with claim(tmp_path / "run", said.append):
@@ -189,6 +144,7 @@ def test_two_threads_of_one_process_are_two(tmp_path, monkeypatch, flock):
         pass
 
 
+@pytest.mark.run
 def test_a_child_does_not_keep_its_parents_lock(tmp_path):
     code = """
     import os, sys, time
@@ -196,6 +152,7 @@ def test_a_child_does_not_keep_its_parents_lock(tmp_path):
     from engine.checkpoint.lock import claim
     with claim(Path("run")):
         if not (child := os.fork()):
+            os.close(1)  # else the test would wait for its end
             time.sleep(60)
             os._exit(0)
         print(child, flush=True)
@@ -245,6 +202,8 @@ def test_other_errors_of_flock_do_not_pass_for_its_absence(tmp_path, monkeypatch
 SLOW = f"baseline {TINY} --steps 100000 --log-every 1 --save-every 100000 --eval-every 100000"
 
 
+@pytest.mark.slow
+@pytest.mark.run
 def test_runs_started_together_take_folders_of_their_own(tmp_path):
     corpus(tmp_path)
     started = [start(tmp_path, f"baseline {TINY} --steps 2") for _ in range(3)]
@@ -255,7 +214,8 @@ def test_runs_started_together_take_folders_of_their_own(tmp_path):
     assert all(newest(tmp_path / "runs" / name).step == 2 for name in made)
 
 
-@pytest.mark.parametrize("flags", ["--out run", "--out run --resume auto"])
+@pytest.mark.run
+@pytest.mark.parametrize("flags", [pytest.param("--out run", marks=pytest.mark.slow), "--out run --resume auto"])
 def test_a_second_run_in_the_folder_is_refused_from_the_first_second_and_changes_nothing(tmp_path, monkeypatch, flags):
     seen = []
 
@@ -282,6 +242,7 @@ def test_a_run_that_fails_before_it_does_anything_leaves_no_folder(tmp_path):
     assert (tmp_path / "mine").is_dir(), "what was there stays"
 
 
+@pytest.mark.run
 def test_every_end_lets_go(tmp_path, monkeypatch):
     corpus(tmp_path)
     with monkeypatch.context() as patch:
@@ -292,22 +253,21 @@ def test_every_end_lets_go(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob(FILE))
 
 
+@pytest.mark.run
 def test_a_comparison_owns_its_folder(tmp_path):
     corpus(tmp_path)
     with claim(tmp_path / "cmp"):
-        methods = ["--methods", "adamw @ 1e-3 = baseline"]
-        command = [sys.executable, "-m", "recipes.compare", "cmp", *methods, "--", *TINY.split()]
-        ran = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert ran.returncode == 2 and ran.stderr.startswith(f"error: OUT cmp: in use by process {os.getpid()}"), ran
+        done = tool(tmp_path, f'recipes.compare cmp --methods "adamw @ 1e-3 = baseline" -- {TINY}')
+    assert done.code == 2 and done.err.startswith(f"error: OUT cmp: in use by process {os.getpid()}"), done
 
 
+@pytest.mark.run
 def test_a_swap_owns_the_folder_it_makes(tmp_path):
     corpus(tmp_path)
     assert here(tmp_path, f"baseline {TINY} --steps 2 --out run").code == 0
     with claim(tmp_path / "swapped"):
-        command = [sys.executable, "-m", "tools.swap", "run", "swapped", "--to", "baseline --optimizer sgd"]
-        ran = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert ran.returncode == 2 and "swapped: in use by process" in ran.stderr, ran
+        done = tool(tmp_path, 'tools.swap run swapped --to "baseline --optimizer sgd"')
+    assert done.code == 2 and "swapped: in use by process" in done.err, done
     assert not (tmp_path / "swapped").exists()
 
 

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, curves
 from engine.loop.metrics import Metrics, read
+from recipes import train
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -43,10 +45,17 @@ def corpus(folder: Path, words: int = 3000, seed: int = 0) -> Path:
     return folder
 
 
-def here(folder: Path, line: str) -> Done:
-    """`python -m recipes.<line>` in `folder`, but inside this process, which has torch imported already."""
+def here(folder: Path, line: str, ends: bool = False) -> Done:
+    """`python -m recipes.<line>` in `folder`, but inside this process, which has torch imported already.
+
+    Without `ends` a run draws no picture and no sample once it is over, which would be half of its time.
+    """
     recipe, *flags = shlex.split(line)
-    return _module(folder, f"recipes.{recipe}", flags)
+    with contextlib.ExitStack() as patches:
+        if not ends:
+            patches.enter_context(mock.patch.object(train, "generate", return_value=[]))
+            patches.enter_context(mock.patch.object(curves, "loss_curve", lambda path, *given, **options: path))
+        return _module(folder, f"recipes.{recipe}", flags)
 
 
 def tool(folder: Path, line: str) -> Done:
