@@ -4,6 +4,7 @@ The markers: `compiles` (torch.compile with inductor or aot), `run` (a process o
 What has none of them runs in `make quick`.
 """
 
+import functools
 import os
 import sys
 import tempfile
@@ -49,3 +50,9 @@ def _forget_compiled_code() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces and guards as ever, but runs graphs as they are: they are counted, not made fast."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

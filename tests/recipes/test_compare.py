@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.runs import refused, tool
+from helpers.runs import Done, here, refused, tool
 from rich.console import Console
 
 from optimizers.contract import UsageError
@@ -39,9 +41,27 @@ TINY = [
 ]
 
 
-def run(out: Path, text: Path, methods: list[str], *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "recipes.compare", str(out), "--methods", *methods, *more, "--", *TINY]
-    return subprocess.run([*command, "--data", str(text)], cwd=ROOT, capture_output=True, text=True, check=False)
+def line(out: Path, text: Path, methods: list[str], *more: str) -> list[str]:
+    return [str(out), "--methods", *methods, *more, "--", *TINY, "--data", str(text)]
+
+
+def real(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes.compare", *line(*words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """A comparison in this process, its cells too, which are else processes of their own."""
+
+    def inside(process, stdout, **options) -> subprocess.CompletedProcess[str]:
+        assert process[:2] == [sys.executable, "-m"] and process[2].startswith("recipes.")
+        done = here(tmp_path, shlex.join([process[2].removeprefix("recipes."), *process[3:]]))
+        stdout.write(done.out + done.err)
+        return subprocess.CompletedProcess(process, done.code)
+
+    monkeypatch.setattr(subprocess, "run", inside)
+    return lambda *words: here(tmp_path, shlex.join(["compare", *line(*words)]), ends=True)
 
 
 @pytest.fixture
@@ -54,11 +74,11 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.mark.run
-def test_cells_are_kept_and_the_best_rate_gets_the_other_seeds(tmp_path: Path, corpus: Path) -> None:
+def test_cells_are_kept_and_the_best_rate_gets_the_other_seeds(tmp_path: Path, corpus: Path, run) -> None:
     out = tmp_path / "compare"
     methods = ["adamw @ 1e-3,1e-2 = baseline", "sgd @ 1e-2 = baseline --optimizer sgd"]
     first = run(out, corpus, methods, "--seeds", "0", "1")
-    assert first.returncode == 0, first.stderr
+    assert first.code == 0, first.err
     cells = json.loads((out / "cells.json").read_text())
     assert len(cells) == 5  # two rates and one more seed; one rate and one more seed
     adamw = {(c["lr"], c["seed"]): c["loss"] for c in cells.values() if c["method"] == "adamw"}
@@ -70,24 +90,24 @@ def test_cells_are_kept_and_the_best_rate_gets_the_other_seeds(tmp_path: Path, c
 
     runs = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
     again = run(out, corpus, [*methods, "muon @ 1e-2 = baseline --optimizer muon"], "--seeds", "0", "1")
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.err
     assert all(path.stat().st_mtime_ns == time for path, time in runs.items()), "a finished cell ran again"
     assert len(json.loads((out / "cells.json").read_text())) == 7
 
 
 @pytest.mark.run
 def test_a_diverged_run_is_a_cell_with_an_infinite_loss_and_a_wrong_flag_is_an_error(
-    tmp_path: Path, corpus: Path
+    tmp_path: Path, corpus: Path, run
 ) -> None:
     out = tmp_path / "compare"
     diverged = run(out, corpus, ["adamw @ 1e30,1e-3 = baseline"])
-    assert diverged.returncode == 0, diverged.stderr
+    assert diverged.code == 0, diverged.err
     assert {c["lr"]: c["loss"] is None for c in json.loads((out / "cells.json").read_text()).values()} == {
         1e30: True,
         1e-3: False,
     }
     wrong = run(out, corpus, ["adamw @ 1e-3 = baseline --no-such-flag"])
-    assert wrong.returncode == 2 and "--no-such-flag" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.code == 2 and "--no-such-flag" in wrong.err and "Traceback" not in wrong.err
 
 
 @pytest.mark.parametrize("text", ["adamw", "adamw = baseline", "adamw @ x = baseline", "@ 1 = baseline", "a @ 1 ="])
@@ -135,15 +155,17 @@ def test_any_metric_is_compared_in_its_direction() -> None:
 
 @pytest.mark.run
 def test_a_run_s_own_metric_is_read_from_its_metrics(tmp_path: Path, corpus: Path) -> None:
+    """In processes, as users run it."""
     out = tmp_path / "compare"
-    done = run(out, corpus, ["adamw @ 1e-3 = baseline"], "--metric", "eval/perplexity")
+    done = real(out, corpus, ["adamw @ 1e-3 = baseline"], "--metric", "eval/perplexity")
     assert done.returncode == 0, done.stderr
     (one,) = json.loads((out / "cells.json").read_text()).values()
     assert one["curves"]["eval/perplexity"][-1][1] == pytest.approx(math.exp(one["loss"]))
     assert one["curve"][-1] == [4, one["loss"]], "the last evaluation is the result"
     assert "eval/perplexity" in (out / "table.md").read_text()
-    again = run(out, corpus, ["adamw @ 1e-3 = baseline"], "--metric", "eval/bleu")
-    assert again.returncode == 2 and "eval/perplexity" in again.stderr
+    words = shlex.join(line(out, corpus, ["adamw @ 1e-3 = baseline"], "--metric", "eval/bleu"))
+    again = tool(tmp_path, f"recipes.compare {words}")
+    assert again.code == 2 and "eval/perplexity" in again.err
 
 
 def test_methods_are_read_before_the_first_trains(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """State of SNSM in bytes, for the models of the paper."""
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -51,11 +52,11 @@ def inventory(model: str) -> tuple[list[tuple[int, int]], int]:
 def held(rule: Rule, model: str) -> int:
     """State bytes of the Linear weights under `rule`, without the scalars of `clock`."""
     total = 0
-    for shape in inventory(model)[0]:
+    for shape, count in Counter(inventory(model)[0]).items():
         p = torch.empty(shape, device="meta", dtype=torch.bfloat16)
         slots = rule.init(p)
         assert all(s.device.type == "meta" for s in slots.values())
-        total += state_bytes(slots) - state_bytes(clock(p))
+        total += count * (state_bytes(slots) - state_bytes(clock(p)))
     return total
 
 

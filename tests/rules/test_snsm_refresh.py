@@ -63,6 +63,7 @@ def test_a_refresh_clears_keeps_or_carries_the_momentum():
 # compiled -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_compiled_kernels_do_as_eager_ones():
     """One graph with every kind of projection, subsets that straddle rows, and the first release's refresh."""

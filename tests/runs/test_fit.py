@@ -106,7 +106,7 @@ def assert_equal(got: Path, expected: Path, records: bool = True) -> None:
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize("kind", ["plain", "BatchNorm and dropout"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "BatchNorm and dropout"])
 def test_killed_and_resumed_to_the_bit(tmp_path, kind):
     """Killed twice, wherever it is."""
 

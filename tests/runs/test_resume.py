@@ -33,7 +33,7 @@ EVERYWHERE = {
     "in the background": "snsm demo --rank 4 --update-proj-gap 4 --moments rotate --precision bf16-sr --save-async on",
 }
 
-SLOW = ("bases in turn, two micro-batches", "a subspace at each turn")
+SLOW = ("bases in turn, two micro-batches", "a subspace at each turn", "all bases at once")
 
 
 def run_in(folder: Path, flags: str) -> str:

@@ -29,7 +29,9 @@ def test_every_polite_signal_saves_the_step_in_hand(tmp_path, monkeypatch, name)
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGXCPU"])
+@pytest.mark.parametrize(
+    "name", ["SIGHUP", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGUSR1", "SIGXCPU"))]
+)
 def test_a_process_that_is_sent_one_saves(tmp_path, name):
     process = start(corpus(tmp_path), RUN)
     with contextlib.suppress(AttributeError):
@@ -110,7 +112,9 @@ def test_before_the_training_a_signal_ends_the_process_with_one_line(tmp_path, m
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("output", ["reader that goes away", "closed", "full"])
+@pytest.mark.parametrize(
+    "output", ["full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("reader that goes away", "closed"))]
+)
 def test_a_run_outlives_its_output(tmp_path, output):
     line = f"baseline {TINY} --log-every 1 --out run"
     if output == "reader that goes away":

@@ -1,12 +1,11 @@
 """Another optimizer in the middle of a run: what it takes over, what it says of it, and that training goes on."""
 
 import json
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
-from helpers.runs import ROOT, TINY, Done, column, corpus, finish, here, newest, start
+from helpers.runs import TINY, Done, column, corpus, finish, here, newest, start, tool
 
 from engine import checkpoint
 from recipes.registry import trained_by
@@ -26,10 +25,7 @@ TARGETS = {
 
 
 def swap(folder: Path, line: list[str]) -> Done:
-    command = [sys.executable, "-m", "tools.swap", *line]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return Done(done.returncode, done.stdout, done.stderr)
+    return tool(folder, shlex.join(["tools.swap", *line]))
 
 
 @pytest.fixture(scope="module")

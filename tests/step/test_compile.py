@@ -32,6 +32,7 @@ def test_the_key_of_compiled_code_names_the_instruction_set():
         torch.compiler.config.cache_key_tag = before
 
 
+@pytest.mark.slow
 @pytest.mark.run
 @pytest.mark.compiles
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs an x86 CPU")

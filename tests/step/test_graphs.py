@@ -27,7 +27,7 @@ def compiled_graphs(step: Step, steps: int) -> list[int]:
 
 
 @pytest.mark.compiles
-def test_blocks_share_their_graphs_and_a_schedule_never_recompiles():
+def test_blocks_share_their_graphs_and_a_schedule_never_recompiles(traced):
     shallow = compiled_graphs(make(llama(4), mode="segments", clip="previous"), 50)
     deep = compiled_graphs(make(llama(16), mode="segments", clip="previous"), 3)
     assert shallow[-1] == deep[-1] == 6, "forward of embedding, block and head, and an update of each"
@@ -35,7 +35,7 @@ def test_blocks_share_their_graphs_and_a_schedule_never_recompiles():
 
 
 @pytest.mark.compiles
-def test_refreshed_bases_never_recompile():
+def test_refreshed_bases_never_recompile(traced):
     model = llama(1)
     params = dict(model.named_parameters())
     groups = [

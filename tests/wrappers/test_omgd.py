@@ -232,8 +232,8 @@ def test_steps_are_those_of_torch_with_gradients_switched_on_and_off(replacement
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=slow)])
-def test_a_change_of_mask_never_recompiles(recompute):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_change_of_mask_never_recompiles(recompute, traced):
     model = llama(4)
     params = dict(model.named_parameters())
     masks = traversal(layers(params), KEY, active=3, period=1)  # a mask of three layers, one of one

@@ -1,5 +1,7 @@
 """State under masks: what is dropped, kept and built anew, and that a run goes on from any step."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers.masks import DECAY, EPS, KEY, KINDS, LR, everything, make, named, run
@@ -57,6 +59,7 @@ def masked_in(case: str, model: Llama) -> Optimizer:
 @pytest.mark.run
 @pytest.mark.parametrize("case", TURNING)
 def test_a_run_goes_on_from_every_step_of_two_cycles_to_the_bit(tmp_path, case):
+    """From every checkpoint one step leads to the next one, to the bit; so what is resumed anywhere ends the same."""
     steps = 13
     model = llama(3)
     optimizer = masked_in(case, model)
@@ -64,25 +67,26 @@ def test_a_run_goes_on_from_every_step_of_two_cycles_to_the_bit(tmp_path, case):
     for i in range(steps):
         checkpoint.save(tmp_path, i, step.params, step.state, {}, {}, optimizer.metadata)
         run(step, i, i + 1)
-    for i in range(steps):
-        saved = checkpoint.load(tmp_path / f"step-{i:08d}")
+    checkpoint.save(tmp_path, steps, step.params, step.state, {}, {}, optimizer.metadata)
+    saved = [checkpoint.load(tmp_path / f"step-{i:08d}") for i in range(steps + 1)]
+    for i, (one, after) in enumerate(pairwise(saved)):
         model = llama(3)
         again = make(model, masked_in(case, model))
         expected = again.optimizer.init(again.params, i)
-        assert list(saved.state) == list(expected)
+        assert list(one.state) == list(expected)
         for key, slots in expected.items():
             kinds = {slot: (t.shape, t.dtype) for slot, t in slots.items()}
-            assert {slot: (t.shape, t.dtype) for slot, t in saved.state[key].items()} == kinds, key
-        checkpoint.restore_into(again.params, saved.params)
+            assert {slot: (t.shape, t.dtype) for slot, t in one.state[key].items()} == kinds, key
+        checkpoint.restore_into(again.params, one.params)
         again.state.clear()
-        again.state |= {key: {slot: t.clone() for slot, t in slots.items()} for key, slots in saved.state.items()}
-        run(again, i, steps)
-        assert all(p.equal(step.params[name]) for name, p in again.params.items()), i
-        assert list(again.state) == list(step.state)
-        for key, slots in step.state.items():
+        again.state |= {key: {slot: t.clone() for slot, t in slots.items()} for key, slots in one.state.items()}
+        run(again, i, i + 1)
+        assert all(p.equal(after.params[name]) for name, p in again.params.items()), i
+        assert list(again.state) == list(after.state)
+        for key, slots in after.state.items():
             assert slots.keys() == again.state[key].keys()
             assert all(t.equal(again.state[key][slot]) for slot, t in slots.items()), (i, key)
-        assert describe(saved.header, saved.params, i) == describe(again.optimizer.metadata, again.params, i)
+        assert describe(one.header, one.params, i) == describe(again.optimizer.metadata, again.params, i)
 
 
 def test_what_is_dropped_starts_anew_and_what_is_kept_goes_on():
