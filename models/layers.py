@@ -1,17 +1,19 @@
-"""The layers of a LLaMA: Linear, RMSNorm, rotary embedding, attention, SwiGLU and the block made of them.
+"""The layers of a decoder: Linear, RMSNorm, attention, SwiGLU and the block made of them.
 
-Letters in shapes: B batch, T tokens, C hidden size, H query heads, K key and value heads, D head size (C = H D).
-Parameter names and numerics are Hugging Face's LlamaForCausalLM's. Nothing here draws a random number on purpose:
-`Llama.init_weights` does, from a seed.
+Letters in shapes: B batch, T tokens, C hidden size, H query heads, K key and value heads, D head size.
+Parameter names and numerics are Hugging Face's. Nothing here draws a random number on purpose: `Decoder.init_weights`
+does, from a seed.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from .rope import Rotary
 
 
 class Linear(nn.Linear):
@@ -151,48 +153,6 @@ class RMSNorm(nn.Module):
         return self.weight * (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding (Su et al., arXiv 2104.09864), pairing element i with i + D/2 ("rotate half").
-
-    `cos` and `sin` are non-persistent buffers (positions, D/2), float32: element [t, i] belongs to the angle
-    t * theta^(-2i/D). They stay float32 when the model is cast, and are computed on the host and then moved, so that
-    they are the same on every device. All blocks of a model share one Rotary.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, head_size: int, positions: int, theta: float) -> None:
-        super().__init__()
-        self.head_size, self.positions, self.theta = head_size, positions, theta
-        self.fill(torch.get_default_device())
-
-    def fill(self, device: torch.device) -> None:
-        """Compute both tables anew and put them on `device`."""
-        exponent = torch.arange(0, self.head_size, 2, dtype=torch.float32, device="cpu") / self.head_size
-        position = torch.arange(self.positions, dtype=torch.float32, device="cpu")
-        angle = torch.outer(position, 1.0 / self.theta**exponent)
-        self.register_buffer("cos", angle.cos().to(device), persistent=False)
-        self.register_buffer("sin", angle.sin().to(device), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
-        """Follow the model to another device but not to another dtype; `to_empty` leaves filled tables too."""
-        self.fill(fn(self.cos).device)
-        return self
-
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate x (B, heads, T, D) whose first token stands at position `start`, in float32; returns x's dtype."""
-        stop = start + x.shape[-2]
-        if stop > self.positions:
-            raise ValueError(
-                f"sequence: got {stop} tokens, expected at most max_position_embeddings = {self.positions}; "
-                "shorten the sequence or build the model with more positions"
-            )
-        cos, sin = self.cos[start:stop], self.sin[start:stop]
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 class Cache:
     """Keys and values one attention layer has seen, in two buffers (B, K, limit, D) allocated once; generation only."""
 
@@ -208,41 +168,70 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention, x (B, T, C) -> (B, T, C). With K < H each key head serves H/K query heads."""
+    """Causal self-attention, x (B, T, C) -> (B, T, C). With K < H each key head serves H/K query heads.
 
-    def __init__(self, hidden_size: int, heads: int, key_value_heads: int, rotary: Rotary) -> None:
+    Without `rotary` tokens have no positions. With `norm`, the eps of two RMSNorms, queries and keys are normed over
+    each head first. With `window` a token sees so many tokens, itself and those right before it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        key_value_heads: int,
+        rotary: Rotary | None,
+        *,
+        head_size: int | None = None,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        norm: float | None = None,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        self.head_size, self.grouped = hidden_size // heads, key_value_heads != heads
-        self.rotary = rotary
-        self.q_proj = Linear(hidden_size, heads * self.head_size)
-        self.k_proj = Linear(hidden_size, key_value_heads * self.head_size)
-        self.v_proj = Linear(hidden_size, key_value_heads * self.head_size)
-        self.o_proj = Linear(heads * self.head_size, hidden_size)
+        self.head_size, self.grouped = head_size or hidden_size // heads, key_value_heads != heads
+        self.rotary, self.window = rotary, window
+        self.q_proj = Linear(hidden_size, heads * self.head_size, qkv_bias)
+        self.k_proj = Linear(hidden_size, key_value_heads * self.head_size, qkv_bias)
+        self.v_proj = Linear(hidden_size, key_value_heads * self.head_size, qkv_bias)
+        self.o_proj = Linear(heads * self.head_size, hidden_size, output_bias)
+        self.q_norm = None if norm is None else RMSNorm(self.head_size, norm)
+        self.k_norm = None if norm is None else RMSNorm(self.head_size, norm)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         q, k, v = (
             rearrange(project(x), "b t (h d) -> b h t d", d=self.head_size)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        start, mask = 0, None
-        if cache is not None:  # is_causal aligns the triangle at the top left: right only for a first call
-            start = cache.length
-            mask = x.new_ones(x.shape[1], start + x.shape[1], dtype=torch.bool).tril(start)
-        q, k = self.rotary(q, start), self.rotary(k, start)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        start = 0 if cache is None else cache.length
+        if self.rotary is not None:
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        mask = self._mask(x, start, cache is not None)
         if cache is not None:
             k, v = cache.append(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
+    def _mask(self, x: Tensor, start: int, cached: bool) -> Tensor | None:
+        """What each of the T tokens of x, the first at position `start`, sees: (T, start + T) bool; None: the plain
+        triangle, which SDPA aligns at the top left, so that it is right without a cache only."""
+        tokens = x.shape[1]
+        windowed = self.window is not None and start + tokens > self.window
+        if not cached and not windowed:
+            return None
+        seen = x.new_ones(tokens, start + tokens, dtype=torch.bool).tril(start)
+        return seen.triu(start - self.window + 1) if windowed and self.window is not None else seen
+
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202): `down(silu(gate x) * up x)`, (..., C) -> (..., C)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -14,8 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.layers import Attention, RMSNorm, Rotary
+from models.layers import Attention, RMSNorm
 from models.llama import PRESETS, Llama, LlamaConfig
+from models.rope import Rotary
 
 TINY = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
 VARIANTS = {
@@ -112,12 +113,17 @@ def test_config_errors(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "config.json: model_type: got 'mistral', expected 'llama'"),
+        ({"model_type": "gpt2"}, "config.json: model_type: got 'gpt2', expected one of llama, mistral, qwen2"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act: got 'gelu', expected 'silu'"),
-        ({"attention_bias": True}, "config.json: attention_bias: got True, expected False"),
-        ({"head_dim": 16}, "config.json: head_dim: got 16, expected 8"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "config.json: rope_type: got 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "config.json: rope_type: got 'llama3', expected 'default'"),
+        ({"attention_bias": 1}, "qkv_bias: got 1, expected True or False"),
+        ({"head_dim": 15}, "head_dim: got 15, expected an even number"),
+        ({"attention_dropout": 0.1}, "config.json: attention_dropout: got 0.1, expected 0.0"),
+        ({"residual_multiplier": 0.5}, "config.json: residual_multiplier: got 0.5, which no llama here knows"),
+        ({"quantization_config": {"bits": 4}}, "config.json: quantization_config: got {'bits': 4}, which no llama"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "config.json: rope_type: got 'yarn', expected one of"),
+        ({"rope_scaling": {"type": "linear"}}, "config.json: rope_scaling: factor: got None; expected with"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "config.json: rope_scaling: factor: got '2', expected a"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "config.json: rope_scaling: beta: got 1;"),
     ],
 )
 def test_what_from_hf_refuses(change: dict[str, Any], message: str) -> None:

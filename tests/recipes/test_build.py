@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import llama
+from models import decoder
 from models.llama import Llama, LlamaConfig
 
 SHAPE = LlamaConfig(97, 24, 44, 2, 2, max_position_embeddings=32)
@@ -23,7 +23,7 @@ def drawn_whole(config: LlamaConfig, seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("drawn", [16, 32, 48, 2**10, 2**15])
 def test_weights_drawn_in_slices_are_those_drawn_whole(monkeypatch, drawn):
-    monkeypatch.setattr(llama, "DRAWN", drawn)
+    monkeypatch.setattr(decoder, "DRAWN", drawn)
     expected = drawn_whole(SHAPE, 3)
     for name, p in Llama(SHAPE, seed=3).named_parameters():
         assert p.equal(expected[name]), name
@@ -31,8 +31,8 @@ def test_weights_drawn_in_slices_are_those_drawn_whole(monkeypatch, drawn):
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 100, 127, 128, 129, 1000])
 def test_slices_cover_a_tensor_and_none_but_the_whole_is_short(monkeypatch, size):
-    monkeypatch.setattr(llama, "DRAWN", 64)
-    cuts = list(llama._slices(size))
+    monkeypatch.setattr(decoder, "DRAWN", 64)
+    cuts = list(decoder._slices(size))
     assert [i for a, b in cuts for i in range(a, b)] == list(range(size))
     assert all(b - a >= 64 and a % 64 == 0 for a, b in cuts) or cuts == [(0, size)]
 

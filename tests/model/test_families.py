@@ -1,0 +1,164 @@
+"""Every family against transformers: the same names, logits and gradients; and config.json there and back.
+
+What needs transformers skips without it.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.families import FAMILIES, config_of, wide
+from torch import Tensor
+
+from engine.step import templates
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.rope import Rotary, Scaling
+
+TOKENS = 40  # more than any sliding window here
+families = pytest.mark.parametrize("name", FAMILIES)
+
+
+def ids_of(config: DecoderConfig) -> Tensor:
+    return torch.randint(config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def theirs_of(hf: dict[str, Any], ours: Decoder) -> Any:
+    """transformers' model of this config.json with our weights."""
+    transformers = pytest.importorskip("transformers", reason="transformers (the extra hf) is not installed")
+    config = transformers.AutoConfig.for_model(**hf)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    shapes = {n: p.shape for n, p in theirs.named_parameters()}
+    assert shapes == {n: p.shape for n, p in ours.named_parameters()}
+    assert theirs.load_state_dict(ours.state_dict(), strict=False).unexpected_keys == []
+    theirs.tie_weights()
+    return theirs
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@families
+def test_logits_are_those_of_transformers(name: str) -> None:
+    ours = wide(config_of(name))
+    theirs, ids = theirs_of(FAMILIES[name], ours), ids_of(ours.config)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert expected.std() > 0.5, "small logits would be equal whatever the formula"
+        torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=0)
+
+
+@families
+def test_what_is_written_is_the_same_model_in_transformers(name: str) -> None:
+    ours = wide(config_of(name))
+    theirs, ids = theirs_of(ours.config.to_hf(), ours), ids_of(ours.config)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+@families
+def test_gradients_are_those_of_transformers(name: str) -> None:
+    """Those of segments, one after another, as a step takes them."""
+    ours = wide(config_of(name))
+    theirs, ids = theirs_of(FAMILIES[name], ours), ids_of(ours.config)
+    loss_of(theirs(ids).logits, ids).backward()
+    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+    x = None
+    for segment in ours.segments():
+        x = segment.call(segment.module, x, batch)
+    assert isinstance(x, Tensor)
+    (x / batch["targets"].numel()).backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters()}
+    for parameter, p in ours.named_parameters():
+        g = expected[parameter]
+        assert p.grad is not None and g is not None, parameter
+        if parameter.endswith("k_proj.bias") and not ours.config.qk_norm:  # softmax takes away most of it
+            assert (p.grad - g).norm() <= 1e-4 * g.norm() + 1e-6, parameter
+        else:
+            assert (p.grad - g).norm() <= 1e-4 * g.norm(), parameter
+
+
+@families
+def test_a_cache_gives_the_same_logits(name: str) -> None:
+    model = wide(config_of(name))
+    ids = ids_of(model.config)
+    caches = model.caches(limit=TOKENS, batch=2)
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], caches) for a, b in ((0, 7), (7, 8), (8, 30), (30, 31), (31, TOKENS))]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-4, rtol=1e-5)
+
+
+@families
+def test_config_there_and_back(name: str) -> None:
+    config = config_of(name)
+    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@families
+def test_config_as_transformers_writes_it(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers (the extra hf) is not installed")
+    config = transformers.AutoConfig.for_model(**FAMILIES[name])
+    for written in (config.to_dict(), config.to_diff_dict()):
+        assert DecoderConfig.from_hf(json.loads(json.dumps(written))) == config_of(name)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "smollm3"])
+def test_absent_keys_mean_what_they_mean_to_transformers(kind: str) -> None:
+    """Many published files leave out what is usual in their family."""
+    transformers = pytest.importorskip("transformers", reason="transformers (the extra hf) is not installed")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 5, "num_attention_heads": 32}
+    written = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
+    assert DecoderConfig.from_hf({"model_type": kind, **sizes}) == DecoderConfig.from_hf(written)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 3}, "config.json: layer_types: got"),
+        ({"layer_types": ["linear_attention"] * 4}, "config.json: layer_types: got"),
+        ({"layer_types": ["sliding_attention"] * 4}, "config.json: layer_types: got 'sliding_attention' where use_sl"),
+        ({"no_rope_layers": [1, 0]}, "config.json: no_rope_layers: got 2 entries, expected one for each of 4 layers"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "config.json: partial_rotary_factor: got 0.5"),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        DecoderConfig.from_hf(FAMILIES["smollm3"] | change)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "change", [{"qk_norm": True}, {"nope_layers": (1,)}, {"sliding_window": 4, "sliding_layers": (0,)}]
+)
+def test_a_config_that_its_family_cannot_say_is_not_written(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: got .* of the family 'llama' has not"):
+        replace(config_of("llama"), **change).to_hf()
+
+
+def test_blocks_are_told_apart_where_they_differ() -> None:
+    """One compiled graph for all layers with a rotary embedding, one for those without."""
+    for name, count in (("smollm3", 2), ("qwen2, sliding", 2), ("llama", 1)):
+        kinds, _ = templates.kinds(wide(config_of(name)).segments())
+        assert len({kind for kind in kinds if kind.startswith("block")}) == count, name
+
+
+def test_scaled_angles_by_their_formula() -> None:
+    """llama3's: long waves by the factor, short ones as they were, and in between a straight line in the turns."""
+    plain = Rotary(64, 2, 10000.0)
+    scaled = Rotary(64, 2, 10000.0, Scaling("llama3", 8.0, 1.0, 4.0, 64))
+    ratio = torch.atan2(scaled.sin[1], scaled.cos[1]) / torch.atan2(plain.sin[1], plain.cos[1])
+    turns = 64 * 10000.0 ** (-torch.arange(32) / 32) / (2 * torch.pi)
+    share = ((turns - 1) / 3).clamp(0, 1)
+    assert 0 < share.count_nonzero() < 32 and ((share > 0) & (share < 1)).any()
+    torch.testing.assert_close(ratio, share + (1 - share) / 8, atol=1e-4, rtol=1e-4)
+
+
+def test_biases_begin_at_zero() -> None:
+    model = Decoder(config_of("qwen2"))
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias")}
+    assert len(biases) == 3 * model.config.num_hidden_layers and not any(p.any() for p in biases.values())
