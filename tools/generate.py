@@ -1,5 +1,6 @@
 """Text from a checkpoint, as it is generated: `python -m tools.generate RUN --prompt "Once upon a time"`.
 
+RUN may also be a folder with a model as Hugging Face publishes it, of a family that is known here.
 Prints the prompt and its continuation. Exit codes: 0 done, 1 failure, 2 bad arguments, 5 unusable checkpoint,
 130 interrupted.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
@@ -32,6 +34,7 @@ from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import KEPT, Tokenizer, load_tokenizer
 from engine.terminal.flags import ask
 from engine.terminal.output import printable
+from models import weights
 from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.wrappers.rso import merge
@@ -42,7 +45,7 @@ class Generate:
     """Continue a prompt with a trained model."""
 
     run: tyro.conf.Positional[Path]
-    """A run's folder, of which the newest whole checkpoint is used, or one step-* folder."""
+    """A run's folder, of which the newest whole checkpoint is used, one step-* folder, or a Hugging Face folder."""
     prompt: str = ""
     """What to continue. Empty: start a new document."""
     max_new_tokens: int = 256
@@ -73,7 +76,7 @@ def find(run: Path, step: int | None) -> Latest:
             there = ", ".join(str(int(p.name[5:])) for p in sorted(run.glob("step-*")) if p.name[5:].isdigit())
             raise ValueError(f"--checkpoint: got {step}, expected one of the steps in {run}: {there or 'it has none'}")
         return Latest(folder, [])
-    if (run / MODEL).is_file():
+    if (run / MODEL).is_file() or published(run):
         return Latest(run, [])
     newest = latest(run)
     for path, why in newest.damaged:
@@ -83,9 +86,17 @@ def find(run: Path, step: int | None) -> Latest:
     return newest
 
 
+def published(folder: Path) -> bool:
+    """Is it a folder as Hugging Face publishes models, and not a checkpoint of ours?"""
+    return weights.is_folder(folder) and not (folder / TRAINER).is_file()
+
+
 def load_model(folder: Path, device: torch.device, record: dict[str, Any] | None = None) -> Llama:
-    """The model in a checkpoint folder, in the dtype it was saved in; `record` is what `verify` gave of it, where that
-    was asked already. Raises CheckpointError where it is not whole."""
+    """The model in a checkpoint or Hugging Face folder, in the dtype it was saved in; `record` is what `verify` gave of
+    it, where that was asked already. Raises CheckpointError where it is not whole, ValueError where Hugging Face's
+    is not."""
+    if published(folder):
+        return weights.load(folder, device=device)
     try:
         config = LlamaConfig.from_hf(_read_json(folder / CONFIG))
         if _is_in_products(folder):
@@ -111,7 +122,10 @@ def _is_in_products(folder: Path) -> bool:
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with: the run's own copy if it has one, else what its config names."""
+    """The tokenizer a checkpoint was trained with: the run's own copy if it has one, else what its config names; or
+    the one beside a published model."""
+    if published(folder):
+        return load_tokenizer(str(folder))
     if (folder.parent / KEPT).is_dir():
         return load_tokenizer(str(folder.parent / KEPT))
     config = _read_json(folder / TRAINER).get("config")
@@ -119,6 +133,16 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     if not isinstance(spec, str):
         raise CheckpointError(f"{folder / TRAINER}: config.tokenizer: got {spec!r}, expected a text; give --tokenizer")
     return load_tokenizer(spec, eos)
+
+
+def opening(folder: Path) -> list[int]:
+    """The tokens that the tokenizer of a published model puts before every text, such as Llama 3's begin of text.
+
+    A run of ours has none: in training nothing stood there."""
+    file = folder / "tokenizer.json"
+    if not published(folder) or not file.is_file():
+        return []
+    return list(tokenizers.Tokenizer.from_file(str(file)).encode("").ids)
 
 
 def text(ids: Sequence[int], new: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
@@ -150,7 +174,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("--eos: a run knows its own end token; give it with --tokenizer only")
         tokenizer = load_tokenizer(args.tokenizer, args.eos) if args.tokenizer else tokenizer_of(folder)
         model = load_model(folder, device, found.record)
+        weights.check_vocabulary(tokenizer.vocab_size, model.config, tokenizer.name, folder)
         ids, remark = prompt_ids(tokenizer, args.prompt, model.config.max_position_embeddings)
+        first = [] if args.tokenizer else opening(folder)
+        ids = first + (ids if args.prompt or not first else [])
         if remark:
             print(remark, file=sys.stderr)
         new = generate(

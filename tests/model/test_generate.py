@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import ROOT
 
 from engine.checkpoint import save
 from engine.data.tokenizer import load_tokenizer
+from models import weights
 from models.llama import PRESETS, Llama, LlamaConfig
 from models.sampling import generate, probabilities
 from tools.generate import load_model, main, text, tokenizer_of
@@ -327,3 +329,47 @@ def test_what_hugging_face_opens_is_the_model_that_was_trained(tmp_path, flags):
     model = load_model(folder, torch.device("cpu"))
     assert torch.equal(dict(model.named_parameters())[name], opened[name])
     assert json.loads((folder / "trainer.json").read_text())["schema"] == 2
+
+
+def test_command_on_a_published_model(tmp_path, capsys):
+    """A folder without a run: one file or several, and the tokens that its tokenizer puts first."""
+    folder = published_model(tmp_path / "whole")
+    code, out, err = call(capsys, folder, "--prompt", "abc", "--temperature", 0, "--max-new-tokens", 6)
+    model, ids = load_model(folder, torch.device("cpu")), [256, *b"abc"]
+    expected = load_tokenizer("byte").decode([*ids, *generate(model, ids, 6, temperature=0)])
+    assert (code, out, err) == (0, expected + "\n", "")
+    sharded = published_model(tmp_path / "sharded", 10_000)
+    assert call(capsys, sharded, "--prompt", "abc", "--temperature", 0, "--max-new-tokens", 6) == (0, out, "")
+    second = sorted(sharded.glob("model-*"))[1]
+    second.unlink()
+    code, out, err = call(capsys, sharded)
+    assert code == 2 and err.startswith("error: ") and f"{second.name}: is not there" in err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys):
+    folder = published_model(tmp_path, config=replace(TINY, vocab_size=200))
+    code, _, err = call(capsys, folder)
+    assert code == 2 and "got a vocabulary of 257, expected at most 200, that of the model in" in err
+
+
+def published_model(folder, largest=2**40, config=TINY):
+    """A model as Hugging Face publishes it, with a tokenizer of bytes that begins every text with an end mark."""
+    folder.mkdir(exist_ok=True)
+    params = dict(peaked(config).named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    weights.save(folder, config.to_hf(), shapes, torch.float32, params.__getitem__, largest)
+    alphabet = bytes_to_unicode()
+    core = tokenizers.Tokenizer(tokenizers.models.BPE({c: b for b, c in alphabet.items()} | {"</s>": 256}, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.add_special_tokens(["</s>"])
+    core.post_processor = tokenizers.processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 256)])
+    core.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def bytes_to_unicode():
+    """The character that GPT-2 writes for each byte: its own where it is printed, else the next one from U+0100."""
+    own = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
+    others = [b for b in range(256) if b not in own]
+    return {b: chr(b) for b in own} | {b: chr(256 + i) for i, b in enumerate(others)}

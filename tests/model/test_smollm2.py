@@ -1,0 +1,54 @@
+"""A published model, whole: SmolLM2-135M-Instruct, with its real weights.
+
+LEANSTEP_SMOLLM2 names a folder with its config.json, tokenizer.json and model.safetensors; without it these skip, as
+those that compare with transformers do without it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.data.tokenizer import load_tokenizer
+from engine.memory import counted_peak
+from models import weights
+from tools.generate import main
+
+FOLDER = Path(os.environ.get("LEANSTEP_SMOLLM2", ""))
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("LEANSTEP_SMOLLM2"), reason="LEANSTEP_SMOLLM2 names no folder with SmolLM2-135M-Instruct"
+)
+TEXT = "Gravity pulls things towards each other. The Moon goes round the Earth, and the Earth goes round the Sun.\n"
+
+
+def theirs() -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers (the extra hf) is not installed")
+    return transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+def test_logits_and_gradients_are_those_of_transformers() -> None:
+    expected, ours = theirs(), weights.load(FOLDER, torch.float32)
+    ids = torch.tensor([load_tokenizer(str(FOLDER)).encode(TEXT * 3)])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), expected(ids).logits, atol=1e-4, rtol=1e-5)
+    ids = ids[:, :24]
+    for logits in (ours(ids), expected(ids).logits):
+        F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+    named = dict(expected.named_parameters())
+    for name, p in ours.named_parameters():
+        assert (p.grad - named[name].grad).norm() <= 1e-4 * named[name].grad.norm(), name
+
+
+def test_it_knows_the_capital_of_france(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompt", "The capital of France is", "--temperature", "0", "--max-new-tokens", "3"]
+    assert main([str(FOLDER), *flags]) == 0
+    assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_starting_takes_no_second_copy(dtype: torch.dtype) -> None:
+    held = weights.load(FOLDER, dtype).num_parameters() * dtype.itemsize
+    assert held < counted_peak(lambda: weights.load(FOLDER, dtype)) <= 1.05 * held
