@@ -55,7 +55,7 @@ def _prepare(out: Path, job: Job, report: Report) -> Path:
     with alone(out, lambda: report(f"waiting for another process that prepares {out}", 0, 0)):
         if (out / INDEX).exists():
             index = read_index(out)
-            _same(out, index["request"], job.identity)
+            expect_same(out, index["request"], job.identity)
             passed = Passed(**index["passed"])
             refuse_malformed(passed, job.request.field, job.request.allow_malformed)
             refuse_unknown(index["unknown"], index["characters"], job.request.allow_unknown)
@@ -65,17 +65,17 @@ def _prepare(out: Path, job: Job, report: Report) -> Path:
                 in_words(index["unknown"], index["characters"]),
             ]
         else:
-            state = _begin(out, job.identity)
+            state = begin(out, job.identity)
             split, total = job.survey(report)
             for line in (
                 *job.skipped,
                 job.passed.in_words(job.request.field),
                 f"held out for validation: {split.note}",
             ):
-                _remark(line, report)
-            _write(out / PROGRESS, state)
+                remark(line, report)
+            commit(out / PROGRESS, state)
             tokenizer = job.tokenizer or _train(out, job, split, report)
-            _remark(tokenizer.remark, report)
+            remark(tokenizer.remark, report)
             tokenizer.copy_to(out)
             tables = _tokenise(out, job, split, tokenizer, state, total, lambda n: report("tokenising", n, total))
             job.expect_unchanged(out)
@@ -83,7 +83,7 @@ def _prepare(out: Path, job: Job, report: Report) -> Path:
             _finish(out, job, split, tokenizer, state, tables)
         (out / PROGRESS).unlink(missing_ok=True)
     for line in remarks:
-        _remark(line, report)
+        remark(line, report)
     return out
 
 
@@ -109,12 +109,13 @@ def _agrees(ready: Path, request: Request) -> None:
             )
 
 
-def _remark(line: str, report: Report) -> None:
+def remark(line: str, report: Report) -> None:
+    """Report a line, unless it is empty."""
     if line:
         report(line, 0, 0)
 
 
-def _begin(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def begin(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The state an earlier attempt left, or that of a beginning."""
     path = out / PROGRESS
     if path.exists():
@@ -123,7 +124,7 @@ def _begin(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
             request = state["request"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: damaged ({error!r}); delete {out} and start again") from None
-        _same(out, request, identity)
+        expect_same(out, request, identity)
         return state
     if others := sorted(file.name for file in out.iterdir() if file.suffix != ".tmp"):
         raise UsageError(f"{out}: holds {others[:3]} but no prepared data; choose an empty or a new folder")
@@ -158,7 +159,7 @@ def _tokenise(
 
     Raises UsageError as soon as more of the `total` characters than is allowed cannot be said.
     """
-    dtype, counts = _dtype(tokenizer), state["splits"]
+    dtype, counts = id_dtype(tokenizer), state["splits"]
     shards = {side: Shards(out, side, dtype, job.request.shard_tokens, counts[side]["tokens"]) for side in SIDES}
     try:
         for batch in job.batches(state["next"]):
@@ -182,7 +183,7 @@ def _tokenise(
             state["unknown"] = unknown
             state["characters"] += sum(len(text) for _, _, text in batch)
             state["next"] = [batch[-1][0], batch[-1][1] + 1]
-            _write(out / PROGRESS, state)
+            commit(out / PROGRESS, state)
             done(state["characters"])
     finally:
         for side in SIDES:
@@ -200,7 +201,7 @@ def _finish(
             raise UsageError(f"{side}: {lost}; expected tokens: give another tokenizer or more text, and delete {out}")
     index = {
         "schema": SCHEMA,
-        "dtype": _dtype(tokenizer).name,
+        "dtype": id_dtype(tokenizer).name,
         "tokenizer": {
             "spec": tokenizer.files[0].name if tokenizer.files else tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
@@ -217,10 +218,11 @@ def _finish(
         },
         "request": job.identity,
     }
-    _write(out / INDEX, index)
+    commit(out / INDEX, index)
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+def id_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """The smallest in which every id fits."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
@@ -230,7 +232,8 @@ def _join(eos: int, documents: list[Ids]) -> Ids:
     return np.concatenate([np.array([], np.uint32), *(part for ids in documents for part in (ids, end))])
 
 
-def _same(out: Path, here: dict[str, Any], asked: dict[str, Any]) -> None:
+def expect_same(out: Path, here: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raises UsageError where `out` was prepared of something else than is asked for."""
     for name, value in asked.items():
         got = here.get(name)
         if got == value:
@@ -243,5 +246,6 @@ def _same(out: Path, here: dict[str, Any], asked: dict[str, Any]) -> None:
         )
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def commit(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
     write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -124,19 +124,27 @@ class Job:
         if not self.given:
             split = hold_out(lambda: (text for _, text in read()), self.request.validation_fraction)
             return split, total
-        held, among, others = set(), 0, 0
-        for file, text in read():
-            key = digest(text)
-            if file < len(self.given):
-                held.add(key)
-            elif key in held:
-                among += 1
-            else:
-                others += 1
-        if not others:
-            raise UsageError("every document of the data is in the validation data too; expected some to train on")
-        left_out = f"; {among:,} documents of the data are among them and left out of training" if among else ""
-        return Split(frozenset(held), note=f"{len(held):,} documents, given separately{left_out}"), total
+        return separate(read(), len(self.given), "document"), total
+
+
+def separate(texts: Iterator[tuple[int, str]], given: int, thing: str) -> Split:
+    """The split where the first `given` files are the validation data: `texts` are all, each with its file's number.
+
+    Raises UsageError where nothing is left to train on.
+    """
+    held, among, others = set(), 0, 0
+    for file, text in texts:
+        key = digest(text)
+        if file < given:
+            held.add(key)
+        elif key in held:
+            among += 1
+        else:
+            others += 1
+    if not others:
+        raise UsageError(f"every {thing} of the data is in the validation data too; expected some to train on")
+    left_out = f"; {among:,} {thing}s of the data are among them and left out of training" if among else ""
+    return Split(frozenset(held), note=f"{len(held):,} {thing}s, given separately{left_out}")
 
 
 def _when(path: Path) -> tuple[int, int]:

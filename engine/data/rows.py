@@ -1,11 +1,14 @@
-"""The rows of a file, whatever its format: a text, no text, or what is wrong with it, each with its place."""
+"""The rows of a file, whatever its format: a text, no text, or what is wrong with it, each with its place.
+
+Without a field a row is all that it holds, an object.
+"""
 
 import csv
 import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,17 +27,23 @@ class Row(NamedTuple):
     text: str | None = None
     fault: str = ""
     fields: tuple[str, ...] = ()
+    record: Mapping[str, Any] | None = None
+    """All that the row holds, where no field was asked for."""
 
 
-def rows(path: Path, field: str) -> Iterator[Row]:
-    """Every row of a file. Raises UsageError where the file as a whole is not understood, and what opening it does."""
+def rows(path: Path, field: str | None) -> Iterator[Row]:
+    """Every row of a file: its `field`, or, with None, all of it (of a file of text, an object with "text").
+
+    Raises UsageError where the file as a whole is not understood, and what opening it does.
+    """
     suffix = kind(path)
     if suffix in COLUMNS:
         yield from _columns(path, field, suffix)
         return
     with open_bytes(path) as file:
         if suffix in WHOLE:
-            yield _decoded(file.read())
+            whole = _decoded(file.read())
+            yield whole if field or whole.fault else whole._replace(record={"text": whole.text})
         elif suffix == ".json":
             yield from _json(file.read(), path, field)
         elif suffix in (".csv", ".tsv"):
@@ -70,7 +79,7 @@ def _parsed(text: str) -> tuple[Any, str]:
         return None, f"not JSON ({error})"
 
 
-def _json_lines(file: BinaryIO, field: str) -> Iterator[Row]:
+def _json_lines(file: BinaryIO, field: str | None) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         row = _decoded(line, number)
         text = (row.text or "").strip()
@@ -83,7 +92,7 @@ def _json_lines(file: BinaryIO, field: str) -> Iterator[Row]:
             )
 
 
-def _json(data: bytes, path: Path, field: str) -> Iterator[Row]:
+def _json(data: bytes, path: Path, field: str | None) -> Iterator[Row]:
     """A list of objects or texts, an object that holds one as `data` or as the field, or an object a line."""
     whole = _decoded(data)
     text = (whole.text or "").strip()
@@ -97,16 +106,21 @@ def _json(data: bytes, path: Path, field: str) -> Iterator[Row]:
     if fault:
         raise UsageError(f"{path}: {fault}; expected a list of objects, an object with a list, or an object a line")
     if isinstance(value, dict):
-        inner = value.get(field, value.get("data"))
+        inner = value.get(field or "data", value.get("data"))
         value = inner if isinstance(inner, list) else [value]
     if text and not isinstance(value, list):
         raise UsageError(f"{path}: got {text[:60]!r}; expected a list of objects or of texts")
     for number, row in enumerate(value or (), start=1):
-        yield Row(f"row {number}", row) if isinstance(row, str) else _of(row, f"row {number}", field)
+        place = f"row {number}"
+        yield Row(place, row) if field and isinstance(row, str) else _of(row, place, field)
 
 
-def _of(value: object, place: str, field: str) -> Row:
+def _of(value: object, place: str, field: str | None) -> Row:
     """The row that a JSON value stands for."""
+    if field is None:
+        if isinstance(value, dict):
+            return Row(place, record=value)
+        return Row(place, fault=f"got {str(value)[:60]!r}; expected an object")
     wanted = f"expected an object whose field {field!r} is a string"
     if not isinstance(value, dict):
         return Row(place, fault=f"got {str(value)[:60]!r}; {wanted}")
@@ -116,7 +130,7 @@ def _of(value: object, place: str, field: str) -> Row:
     return Row(place, text) if isinstance(text, str) else Row(place, fault=f"got {str(text)[:60]!r}; {wanted}")
 
 
-def _table(file: BinaryIO, path: Path, field: str, suffix: str) -> Iterator[Row]:
+def _table(file: BinaryIO, path: Path, field: str | None, suffix: str) -> Iterator[Row]:
     """Comma-separated values with a header, quoted as in RFC 4180; or tab-separated ones, without any quoting."""
     csv.field_size_limit(sys.maxsize)
     tabs = suffix == ".tsv"
@@ -141,12 +155,14 @@ def _table(file: BinaryIO, path: Path, field: str, suffix: str) -> Iterator[Row]
                 raise UsageError(f"{path}, {place}: {wrong}")
             if not header:
                 header = cells
-                if header.count(field) != 1:
+                if field and header.count(field) != 1:
                     raise UsageError(f"{path}: got the columns {header}; expected one named {field!r} (--field)")
             elif wrong:
                 yield Row(place, fault=wrong)
-            elif len(cells) == len(header):
+            elif len(cells) == len(header) and field:
                 yield Row(place, cells[header.index(field)])
+            elif len(cells) == len(header):
+                yield Row(place, record=dict(zip(header, cells, strict=True)))
             elif cells:
                 yield Row(place, fault=f"got {len(cells)} fields, expected {len(header)} as in the header")
     except csv.Error as error:
@@ -154,8 +170,8 @@ def _table(file: BinaryIO, path: Path, field: str, suffix: str) -> Iterator[Row]
         raise UsageError(f"{path}, line {before + 1}: {reason}") from None
 
 
-def _columns(path: Path, field: str, suffix: str) -> Iterator[Row]:
-    """One column of a parquet or an Arrow file."""
+def _columns(path: Path, field: str | None, suffix: str) -> Iterator[Row]:
+    """One column of a parquet or an Arrow file, or all of them."""
     pyarrow(path)
     damage = importlib.import_module("pyarrow").ArrowException
     try:
@@ -164,7 +180,7 @@ def _columns(path: Path, field: str, suffix: str) -> Iterator[Row]:
             for column in (_parquet if suffix == ".parquet" else _arrow)(file, path, field):
                 for value in _values(column):
                     number += 1
-                    yield _cell(value, f"row {number}", field)
+                    yield _cell(value, f"row {number}", field) if field else _record(value, f"row {number}")
     except (damage, ValueError, EOFError) as error:
         if isinstance(error, UsageError):
             raise
@@ -186,6 +202,12 @@ def _cell(value: object, place: str, field: str) -> Row:
     return Row(place, fault=f"got {str(value)[:60]}; expected a string in column {field!r}")
 
 
+def _record(value: Any, place: str) -> Row:
+    if isinstance(value, dict):
+        return Row(place, record=value)
+    return Row(place, fault="not UTF-8; write the file again")
+
+
 def _values(column: Any) -> list[Any]:
     """The column's cells; strings that are not UTF-8 as bytes."""
     try:
@@ -198,7 +220,7 @@ def _bytes_of(cell: Any) -> Any:
     try:
         return cell.as_py()
     except UnicodeDecodeError:
-        return cell.as_buffer().to_pybytes()
+        return cell.as_buffer().to_pybytes() if hasattr(cell, "as_buffer") else None
 
 
 def _seekable(file: BinaryIO, path: Path, suffix: str) -> BinaryIO:
@@ -212,14 +234,14 @@ def _seekable(file: BinaryIO, path: Path, suffix: str) -> BinaryIO:
     return copy  # type: ignore[no-any-return]
 
 
-def _parquet(file: BinaryIO, path: Path, field: str) -> Iterator[Any]:
+def _parquet(file: BinaryIO, path: Path, field: str | None) -> Iterator[Any]:
     content = importlib.import_module("pyarrow.parquet").ParquetFile(file)
     _expect(content.schema_arrow.names, path, field)
-    for batch in content.iter_batches(columns=[field]):
-        yield batch.column(0)
+    for batch in content.iter_batches(columns=[field] if field else None):
+        yield batch.column(0) if field else batch.to_struct_array()
 
 
-def _arrow(file: BinaryIO, path: Path, field: str) -> Iterator[Any]:
+def _arrow(file: BinaryIO, path: Path, field: str | None) -> Iterator[Any]:
     ipc = importlib.import_module("pyarrow.ipc")
     try:
         content = ipc.open_file(file)
@@ -230,9 +252,9 @@ def _arrow(file: BinaryIO, path: Path, field: str) -> Iterator[Any]:
         batches = iter(content)
     _expect(content.schema.names, path, field)
     for batch in batches:
-        yield batch.column(field)
+        yield batch.column(field) if field else batch.to_struct_array()
 
 
-def _expect(names: list[str], path: Path, field: str) -> None:
-    if names.count(field) != 1:
+def _expect(names: list[str], path: Path, field: str | None) -> None:
+    if field and names.count(field) != 1:
         raise UsageError(f"{path}: got the columns {names}; expected one named {field!r} (--field)")

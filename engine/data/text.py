@@ -57,29 +57,23 @@ def documents(
     passed = Passed() if passed is None else passed
     lacking: Row | None = None
     found = False
-    try:
-        for row in rows(path, field):
-            passed.rows += 1
-            fault = row.fault or _unwritable(row.text or "")
-            if fault and not skip_malformed:
-                raise UsageError(f"{path}, {row.place}: {fault}")
-            if fault:
-                passed.malformed += 1
-                passed.first_malformed = passed.first_malformed or f"{path.name}, {row.place}: {fault}"
-            elif row.text is None:
-                passed.without += 1
-                passed.first_without = passed.first_without or f"{path.name}, {row.place}"
-                lacking = lacking or row
-            elif row.text:
-                found = True
-                yield row.text
-            else:
-                passed.empty += 1
-    except DAMAGE as error:
-        raise UsageError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
-    except OSError as error:
-        hint = "check the path and its permissions" if error.errno else "it is damaged: copy or download it again"
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
+    for row in reading(path, field):
+        passed.rows += 1
+        fault = row.fault or unwritable(row.text or "")
+        if fault and not skip_malformed:
+            raise UsageError(f"{path}, {row.place}: {fault}")
+        if fault:
+            passed.malformed += 1
+            passed.first_malformed = passed.first_malformed or f"{path.name}, {row.place}: {fault}"
+        elif row.text is None:
+            passed.without += 1
+            passed.first_without = passed.first_without or f"{path.name}, {row.place}"
+            lacking = lacking or row
+        elif row.text:
+            found = True
+            yield row.text
+        else:
+            passed.empty += 1
     if found or kind(path) == ".py":  # an empty Python module is as it should be, an empty corpus is a mistake
         return
     if lacking:
@@ -88,6 +82,17 @@ def documents(
             f"{field!r} is a string, here or in another row: name the field with --field"
         )
     raise UsageError(f"{path}: empty, expected at least one document with text; remove it or write it again")
+
+
+def reading(path: Path, field: str | None) -> Iterator[Row]:
+    """The rows of a file (see `rows`). Raises UsageError that names the file also for damage found on the way."""
+    try:
+        yield from rows(path, field)
+    except DAMAGE as error:
+        raise UsageError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
+    except OSError as error:
+        hint = "check the path and its permissions" if error.errno else "it is damaged: copy or download it again"
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
 
 
 def standard_library() -> list[Path]:
@@ -100,7 +105,7 @@ def standard_library() -> list[Path]:
     return [root / name for name in sorted(names, key=lambda name: name.as_posix())]
 
 
-def _unwritable(text: str) -> str:
+def unwritable(text: str) -> str:
     """JSON can spell half a surrogate pair, which is no text: no tokenizer takes it."""
     try:
         text.encode()

@@ -20,6 +20,7 @@ import tokenizers
 from optimizers.contract import UsageError
 
 from .ending import END_OF_TEXT, TOKENIZER_CONFIG, Vocabulary, end_of, read_beside
+from .spans import Spans, byte_spans, spanning
 from .unknown import Pack, Packed, packing, sentencepiece_packing
 
 ACCEPTED = (
@@ -55,6 +56,8 @@ class Tokenizer:
     """What `tokenizer_config.json` must say beside those files, so that the same tokenizer is loaded again."""
     remark: str = ""
     """What a user should know of the choice of `eos`."""
+    spans: Spans | None = None
+    """Many texts to ids with their characters, marks such as `<|im_end|>` read as marks; None: it has none."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -127,7 +130,7 @@ def _byte() -> Tokenizer:
     def unpack(ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-    return Tokenizer("byte", 257, 256, "byte", pack, unpack)
+    return Tokenizer("byte", 257, 256, "byte", pack, unpack, spans=byte_spans)
 
 
 def _huggingface(name: str, path: Path, eos: str | int | None) -> Tokenizer:
@@ -216,6 +219,7 @@ def _wrap(
         files,
         tuple(said.items()),
         remark,
+        spanning(core),
     )
 
 

@@ -30,10 +30,10 @@ Pack = Callable[[list[str]], Packed]
 
 def packing(core: Any) -> Pack:
     """How a tokenizer of the `tokenizers` library encodes texts. It has to be set up before; it is not changed."""
-    if _says_everything(core):
+    if says_everything(core):
         return lambda texts: Packed(_rows(core, texts), [""] * len(texts))
     spec = json.loads(core.to_str())
-    own = _unknown(spec["model"])
+    own = unknown_id(spec["model"])
     if own is not None:
         return _packing_with(core, own)
     # Tokens that were added to the model are numbered anew when it is read: the stranger stands beyond all of them.
@@ -89,7 +89,7 @@ def _rows(core: Any, texts: list[str]) -> list[Ids]:
     return [np.array(row.ids, np.uint32) for row in core.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _says_everything(core: Any) -> bool:
+def says_everything(core: Any) -> bool:
     """Does the vocabulary have every byte of UTF-8, and does the tokenizer use them?"""
     if type(core.model).__name__ != "BPE":
         return False
@@ -103,7 +103,7 @@ def _says_everything(core: Any) -> bool:
     return "æĿ±" in "".join(piece for piece, _ in pieces) and all(byte in vocabulary for byte in alphabet)
 
 
-def _unknown(model: dict[str, Any]) -> int | None:
+def unknown_id(model: dict[str, Any]) -> int | None:
     """The id of the model's unknown token, where it has one."""
     if model["type"] == "Unigram":
         found: int | None = model.get("unk_id")

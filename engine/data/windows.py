@@ -31,6 +31,8 @@ class Tokens:
 
     def __init__(self, folder: Path, split: Side = "train") -> None:
         index = read_index(folder)
+        if kind := index.get("kind"):
+            raise UsageError(f"{folder}: holds {kind} with masks, expected text; prepare text, or fine-tune on it")
         self.folder, self.split = folder, split
         self.eos: int = index["tokenizer"]["eos"]
         self.vocab_size: int = index["tokenizer"]["vocab_size"]
@@ -38,7 +40,7 @@ class Tokens:
         self.documents: int = index["splits"][split]["documents"]
         self.fingerprint: str = index["splits"][split]["sha256"]
         shards, dtype = index["splits"][split]["shards"], np.dtype(index["dtype"]).newbyteorder("<")
-        self._shards = [_map(folder / shard["file"], shard["tokens"], dtype) for shard in shards]
+        self._shards = [mapped(folder / shard["file"], shard["tokens"], dtype) for shard in shards]
         self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
@@ -114,7 +116,8 @@ class Batches:
         return {"input_ids": torch.from_numpy(np.stack(inputs)), "targets": torch.from_numpy(np.stack(targets))}
 
 
-def _map(path: Path, tokens: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def mapped(path: Path, tokens: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The numbers of a file of a prepared folder, not read yet. Raises UsageError where its size is another."""
     got, expected = path.stat().st_size if path.is_file() else 0, tokens * dtype.itemsize
     if got != expected:
         raise UsageError(

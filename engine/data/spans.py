@@ -1,0 +1,71 @@
+"""Texts as ids with the characters that each id stands for, where marks such as `<|im_end|>` are read as marks."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from .unknown import Ids, says_everything, unknown_id
+
+Offsets = npt.NDArray[np.int64]
+
+
+class Spanned(NamedTuple):
+    """Ids (n,), each of the characters [start, stop); and what characters no known token stands for."""
+
+    ids: Ids
+    starts: Offsets
+    stops: Offsets
+    lost: str
+
+
+Spans = Callable[[list[str]], list[Spanned]]
+
+
+def byte_spans(texts: list[str]) -> list[Spanned]:
+    """Of the tokenizer "byte", which has no marks: all bytes of a character have its span."""
+    found = []
+    for text in texts:
+        ids = np.frombuffer(text.encode(), np.uint8)
+        starts = np.cumsum((ids & 0xC0) != 0x80) - 1
+        found.append(Spanned(ids, starts, starts + 1, ""))
+    return found
+
+
+def spanning(core: Any) -> Spans:
+    """How a tokenizer of the `tokenizers` library does it. It has to be set up before; a copy of it is made when first
+    used."""
+
+    @cache
+    def made() -> tuple[Any, int | None, bool]:
+        copied = tokenizers.Tokenizer.from_str(core.to_str())
+        copied.encode_special_tokens = False
+        copied.no_truncation()
+        copied.no_padding()
+        everything = says_everything(core)
+        return copied, None if everything else unknown_id(json.loads(core.to_str())["model"]), everything
+
+    def spans(texts: list[str]) -> list[Spanned]:
+        marked, unknown, everything = made()
+        found = []
+        for text, row in zip(texts, marked.encode_batch(texts, add_special_tokens=False), strict=True):
+            ids = np.array(row.ids, np.uint32)
+            starts, stops = np.array(row.offsets, np.int64).reshape(-1, 2).T
+            lost = "" if everything else _lost(text, starts, stops, ids == unknown)
+            found.append(Spanned(ids, starts, stops, lost))
+        return found
+
+    return spans
+
+
+def _lost(text: str, starts: Offsets, stops: Offsets, unknown: npt.NDArray[np.bool_]) -> str:
+    """The characters, but for white space, that lie in no token's span, or in that of an unknown one."""
+    said = np.zeros(len(text) + 1, np.int64)
+    np.add.at(said, starts[~unknown], 1)
+    np.add.at(said, stops[~unknown], -1)
+    silent = np.flatnonzero(said.cumsum()[:-1] == 0)
+    return "".join(text[i] for i in silent if text[i].strip())
