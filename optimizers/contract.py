@@ -66,8 +66,10 @@ class Rule:
     `adopt(moments, slots, p, key)`, cold too, carry what was learned to another rule: see `moments`. `adopt` gets fresh
     slots and both moments, and returns slots and what it did to them.
 
-    `options`, a frozen dataclass, is what the rule was made with: checkpoints say it, a swap compares it. `slots`
-    declares every slot of `init` with its kind, by which others read state; none of them knows a slot's name.
+    `options`, a frozen dataclass, is what the rule was made with: checkpoints say it, a swap compares it, commands make
+    flags of it, with the string under a field as help. It may have a method `idle() -> set of names`: the options that
+    change nothing beside the others, which commands then refuse.
+    `slots` declares every slot of `init` with its kind, by which others read state; none of them knows a slot's name.
     `gradient(g, slots)` is what the rule is given of a gradient of p, where it moves something that stands for p;
     `product(slots)`, float32, is then what the model adds to p, if that is kept apart from it.
     `elementwise` says that an entry of p moves by its own entries of g and slots and by scalars alone, so that `update`
@@ -105,6 +107,12 @@ def flat(options: Any) -> dict[str, Any]:
     return {**(flat(inner) if inner is not None else {}), **own}
 
 
+def idle(options: Any) -> set[str]:
+    """The options that change nothing beside the others, of a dataclass that says so."""
+    found: set[str] = options.idle() if hasattr(options, "idle") else set()
+    return found
+
+
 def declare(**kinds: Kind) -> tuple[Slot, ...]:
     """Slots by name."""
     return tuple(Slot(name, kind) for name, kind in kinds.items())
@@ -122,11 +130,16 @@ class Family(Generic[Chosen]):
     def __init__(
         self, name: str, options: Callable[Chosen, Any], build: Callable[[str, Any], Rule], **preset: Any
     ) -> None:
-        self.name, self.options, self._build, self.preset = name, options, build, MappingProxyType(preset)
+        self.name, self._build, self.preset = name, build, MappingProxyType(preset)
+        self.options: Any = options
         self.__doc__ = build.__doc__
 
     def __call__(self, *args: Chosen.args, **kwargs: Chosen.kwargs) -> Rule:
         return self.of(self.options(*args, **{**self.preset, **kwargs}))
+
+    def default(self, **given: Any) -> Any:
+        """The options that the rule has by default, but for those given."""
+        return self.options(**{**self.preset, **given})
 
     def of(self, options: Any) -> Rule:
         """The rule with these options, which replace the preset too."""

@@ -1,17 +1,20 @@
 """What every training recipe is told: the flags beside those of a run, who trains what, and how that is rebuilt."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
-from optimizers.contract import Group, Optimizer, Params, Rule, UsageError
+from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
 from optimizers.partition import partition
 from optimizers.random import Key
+from optimizers.registry import RULES
 from optimizers.rules.adamw import adamw
 
+SIZES = ("rank", "update_proj_gap")  # options that go with the size of the model: a preset gives them to any rule
 MATRICES = r"layers\.\d+\..*_proj\.weight$"  # attention and MLP; embedding, norms and head go to AdamW
 
 
@@ -36,8 +39,14 @@ class TrainConfig(LanguageConfig):
     """Size of the LLaMA: GaLore's configurations, and a demo of about 3 M parameters."""
     size: Size = field(default_factory=Size)
     """Sizes by hand, over the preset's."""
+    optimizer: str = "adamw"
+    """The rule for the matrices of attention and MLP; AdamW trains the rest. Its options are the last flags here."""
+    options: Any = None
+    """The options of that rule, an instance of its family's dataclass; by default what `defaults` gives."""
     lr: float = 1e-3
     """Peak learning rate."""
+    lr_of: str = ""
+    """The rule that `lr` was chosen for, where that is another one than `optimizer`."""
     rest_lr: float | None = None
     """Peak learning rate of the AdamW that trains embedding, norms and head; by default `lr`."""
     weight_decay: float = 0.0
@@ -56,14 +65,69 @@ class TrainConfig(LanguageConfig):
 
     recipe: ClassVar[str] = ""  # the module in recipes/, and what else tells its runs from others
     align: ClassVar[bool] = False  # epochs are whole steps
+    prefix: ClassVar[str] = "optimizer"  # before an option's flag, where the recipe has a flag of that name itself
+    also: ClassVar[Mapping[str, str]] = {}  # other names of the flags of "optimizer" and of options
+    spelled: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # other flags whose values stand for rules
+    usual: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {"rank": 48},  # of any rule that has the option
+        "sgd": {"momentum": 0.95, "nesterov": True},
+    }
+    """What options are here by default, by rule, where that is not what the rule says."""
+
+    def __post_init__(self) -> None:
+        if self.options is None:
+            object.__setattr__(self, "options", self.defaults(self.optimizer))
+
+    @classmethod
+    def rules(cls) -> Mapping[str, Family[Any]]:
+        """What --optimizer may name."""
+        return RULES
+
+    @classmethod
+    def defaults(cls, name: str, sizes: Any = None) -> Any:
+        """The options of the rule of this name: its own defaults, this recipe's `usual` ones, and of `sizes`, the
+        options of another rule, rank and gap. Raises UsageError for an unknown name."""
+        if name not in cls.rules():
+            raise UsageError(f"optimizer {name!r} is not known; give one of {', '.join(cls.rules())}")
+        family = cls.rules()[name]
+        known = {f.name for f in dataclasses.fields(family.options)}
+        sized = {size: value for size in SIZES if (value := getattr(sizes, size, None)) is not None}
+        given = {**cls.usual.get("", {}), **sized, **cls.usual.get(name, {})}
+        return family.default(**{option: value for option, value in given.items() if option in known})
+
+    def under(self, name: str) -> Any:
+        """This config with another rule, of the same rank and gap where it has them. Raises UsageError."""
+        if name == self.optimizer:
+            return self
+        options = self.defaults(name, self.options)
+        return dataclasses.replace(self, optimizer=name, options=options, lr_of=self.lr_of or self.optimizer)
+
+    @classmethod
+    def flag_of(cls, option: str) -> str:
+        """The flag of a rule's option, or of "optimizer"."""
+        taken = option != "optimizer" and option in {f.name for f in dataclasses.fields(cls)}
+        return f"--{cls.prefix}-{option}".replace("_", "-") if taken else f"--{option}".replace("_", "-")
+
+    def rule(self) -> Rule:
+        """The rule with its options. Raises UsageError, which names the flag, for options that it does not take."""
+        family = self.rules().get(self.optimizer)
+        if family is None or not isinstance(self.options, family.options):
+            raise UsageError(f"--optimizer {self.optimizer}: got options {self.options!r}, which are another rule's")
+        try:
+            return family.of(self.options)
+        except UsageError as error:
+            names = "|".join(f.name for f in dataclasses.fields(self.options))
+            said = re.sub(rf"^(\w+: )({names})\b", lambda found: found[1] + self.flag_of(found[2]), str(error))
+            raise UsageError(said) from None
 
     @property
     def trains(self) -> str:
         """What tells this recipe's runs from each other, in folders and pictures."""
-        return ""
+        return self.optimizer
 
     def check(self) -> None:
         super().check()
+        self.rule()
         self.at_least("lr", 0)
         if not self.lr < 3e38:
             raise UsageError(f"--lr must be a float32, got {self.lr}")
@@ -75,7 +139,7 @@ class TrainConfig(LanguageConfig):
 
     def groups(self, params: Params) -> list[Group]:
         """Who trains what."""
-        raise NotImplementedError
+        return groups_for(self, self.rule(), params)
 
     def optimizer_for(self, setup: "Setup") -> Optimizer:
         """The optimizer: rules for groups, and what wraps them."""
@@ -83,7 +147,12 @@ class TrainConfig(LanguageConfig):
 
     def notes(self, setup: "Setup", optimizer: Optimizer) -> list[str]:
         """What a user should know of the optimizer for this run."""
-        return []
+        if not self.lr_of:
+            return []
+        return [
+            f"--lr {self.lr:g} is this recipe's rate for {self.lr_of}, not chosen for {self.optimizer}: try others "
+            "(recipes.compare does)"
+        ]
 
     def plain(self) -> dict[str, Any]:
         """Every field as JSON can hold it, and the recipe."""
@@ -102,22 +171,26 @@ class TrainConfig(LanguageConfig):
             raise UsageError(str(error)) from None
 
 
-def groups_for(config: TrainConfig, rule: Rule, why: str, matrices: Sequence[str] = (MATRICES,)) -> list[Group]:
-    """`rule` on the matrices that match; AdamW on the rest, at a rate of its own where asked."""
+def groups_for(config: TrainConfig, rule: Rule, params: Params, matrices: Sequence[str] = (MATRICES,)) -> list[Group]:
+    """`rule` on the matrices that match; AdamW on the rest, if there is any, at a rate of its own where asked."""
     if rule.name == "adamw" and config.rest_lr is None:
         return [
             Group("adamw-norms", rule, ("norm",), config.lr, 0.0, "norms: never decayed"),
-            Group("adamw", rule, ("",), config.lr, config.weight_decay, why),
+            Group("adamw", rule, ("",), config.lr, config.weight_decay, "everything else"),
         ]
-    return [Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why), *rest_for(config)]
+    why = "matrices of attention and MLP" if tuple(matrices) == (MATRICES,) else "asked for by --match"
+    left = [name for name in params if not any(re.search(pattern, name) for pattern in matrices)]
+    norms, others = [n for n in left if "norm" in n], [n for n in left if "norm" not in n]
+    rest = [group for group, own in zip(rest_for(config), (norms, others), strict=True) if own]
+    return [Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why), *rest]
 
 
-def rest_for(config: TrainConfig) -> list[Group]:
+def rest_for(config: TrainConfig, eps: float = 1e-8) -> list[Group]:
     """AdamW on what is left: norms, embedding and head, at a rate of their own where asked."""
-    rest = config.lr if config.rest_lr is None else config.rest_lr
+    rest, rule = config.lr if config.rest_lr is None else config.rest_lr, adamw(eps=eps)
     return [
-        Group("adamw-norms", adamw(), ("norm",), rest, 0.0, "norms: vectors, never decayed"),
-        Group("adamw-rest", adamw(), ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
+        Group("adamw-norms", rule, ("norm",), rest, 0.0, "norms: vectors, never decayed"),
+        Group("adamw-rest", rule, ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
     ]
 
 

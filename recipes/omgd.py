@@ -2,31 +2,28 @@
 
     python -m recipes.omgd toy                     the paper's linear regression: which masks converge at which rate
     python -m recipes.omgd pretrain                a LLaMA, 2 of 6 layers at a time, on the standard library's sources
-    python -m recipes.omgd pretrain --over snsm --active 3 --period 1epoch --model 130m --data corpus/*.jsonl.xz
+    python -m recipes.omgd pretrain --optimizer snsm --active 3 --period 1epoch --model 130m --data corpus/*.jsonl.xz
     python -m recipes.omgd memory                  what training LLaMA-7B holds, as the paper counts and as this engine
 
 `pretrain --replacement` is LISA (also `python -m recipes.baseline --optimizer lisa`).
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from engine.terminal.flags import ask
 from models.llama import PRESETS, Llama
 from optimizers.contract import Group, Optimizer, Params, State, UsageError, state_bytes
 from optimizers.partition import partition, trainable
 from optimizers.random import Key
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
-from optimizers.rules.sumo import sumo
+from optimizers.rules.snsm import Snsm
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import (
     Traversal,
@@ -39,9 +36,9 @@ from optimizers.wrappers.traversal import (
     traversal,
 )
 
-from . import baseline, snsm
+from . import flags, snsm
 from .cli import main
-from .config import MATRICES, Setup, TrainConfig, groups_for
+from .config import MATRICES, Setup, TrainConfig
 from .omgd_toy import Toy, toy
 from .train import train
 
@@ -52,8 +49,9 @@ GIB = 2**30
 class Pretrain(TrainConfig):
     """Train a LLaMA with masks over any rule."""
 
-    over: Literal["adamw", "sgd", "muon", "galore", "snsm", "sumo"] = "adamw"
-    """The rule that masks choose for."""
+    optimizer: str = "adamw"
+    """The rule that masks choose for, on the matrices of attention and MLP; AdamW trains the rest. Its options are the
+    last flags here. --over is another name of this flag."""
     by: Literal["layers", "tensors", "coordinates"] = "layers"
     """What a mask chooses among. Embedding, head and last norm always train when that is layers."""
     active: int = 2
@@ -82,22 +80,18 @@ class Pretrain(TrainConfig):
     """State of what is frozen: freed, kept, or moved to the host."""
     mask_warmup: str = "0step"
     """How long everything trains before the first mask; memory is full until then."""
-    rank: int = 48
-    """galore, snsm, sumo: dimension of the subspace."""
-    update_proj_gap: int = 200
-    """galore, snsm, sumo: steps between two bases; a tensor that starts anew gets one at once."""
-    momentum: float = 0.95
-    """sgd, muon."""
 
     @property
     def trains(self) -> str:
-        return f"over-{self.over}"
+        return f"over-{self.optimizer}"
 
     recipe = "omgd"
     align = True
+    also: ClassVar = {"over": "optimizer"}
 
     def groups(self, params: Params) -> list[Group]:
-        return groups(self, params)
+        """Who trains what, masks aside: as the recipe of each rule has it, which for SNSM includes the head."""
+        return snsm.groups(self, self.rule(), params) if isinstance(self.options, Snsm) else super().groups(params)
 
     def optimizer_for(self, setup: Setup) -> Optimizer:
         """The masked optimizer."""
@@ -111,8 +105,9 @@ class Pretrain(TrainConfig):
         now = describe(optimizer.metadata, setup.params, made.warmup)
         masks = "a mask drawn anew each time" if made.replacement else f"{made.masks} masks a cycle, each"
         said = [
+            *super().notes(setup, optimizer),
             f"{len(made.groups.labels)} {made.groups.kind} to choose from, {masks} held for {made.period:,} steps; "
-            f"{now['trainable']:.0%} of all parameters train under the first"
+            f"{now['trainable']:.0%} of all parameters train under the first",
         ]
         if lost := gives_up(made, setup.epoch):
             said.append(f"warning: {lost}")
@@ -125,31 +120,11 @@ class Pretrain(TrainConfig):
 
     def check(self) -> None:
         super().check()
-        self.at_least("update_proj_gap", 1)
         if self.by == "tensors" and self.compile != "off":
             raise UsageError(
                 f"--by tensors: got --compile {self.compile}, expected off: every set of tensors that train inside a "
                 "segment would be compiled anew"
             )
-
-
-def groups(config: Pretrain, params: Params) -> list[Group]:
-    """Who trains what, masks aside: as the recipe of each rule has it."""
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
-    match config.over:
-        case "adamw" | "sgd" | "muon" | "galore":
-            own = baseline.Baseline(
-                **given,
-                optimizer=config.over,
-                rank=config.rank,
-                update_proj_gap=config.update_proj_gap,
-                momentum=config.momentum,
-            )
-            return baseline.groups(own, params)
-        case "snsm":
-            return snsm.groups(snsm.Snsm(**given, rank=config.rank, update_proj_gap=config.update_proj_gap), params)
-        case "sumo":
-            return groups_for(config, sumo(config.rank, config.update_proj_gap), "matrices of attention and MLP")
 
 
 def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Traversal:
@@ -253,11 +228,11 @@ def show_memory(config: Memory) -> None:
     )
 
 
-Command = (
-    Annotated[Toy, tyro.conf.subcommand("toy")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-    | Annotated[Memory, tyro.conf.subcommand("memory")]
-)
+COMMANDS: dict[str, tuple[str, Any]] = {
+    "toy": (Toy.__doc__ or "", Toy()),
+    "pretrain": ("Train a LLaMA with masks over any rule.", Pretrain()),
+    "memory": ("Weights, gradients and optimizer state of training a LLaMA, from its shapes alone.", Memory()),
+}
 
 
 def run(config: Toy | Pretrain | Memory) -> None:
@@ -272,7 +247,8 @@ def run(config: Toy | Pretrain | Memory) -> None:
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Toy | Pretrain | Memory:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    return ask(lambda prog: tyro.cli(Command, args=args, description=__doc__, prog=prog), program)
+    found: Toy | Pretrain | Memory = flags.parse_presets(COMMANDS, args, program, __doc__)
+    return found
 
 
 if __name__ == "__main__":

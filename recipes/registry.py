@@ -89,8 +89,16 @@ def unknown(path: Path, why: Exception) -> CheckpointError:
 
 def from_plain(kind: type[TrainConfig], plain: Mapping[str, Any]) -> TrainConfig:
     """A config from what `TrainConfig.plain` made of it, but not where and how it ran. Raises TypeError where a value
-    is of another type."""
-    return typing.cast(TrainConfig, decode(kind, {k: v for k, v in plain.items() if k not in PLACED}, kind.__name__))
+    is of another type, and KeyError where its rule is not known."""
+    options = plain.get("options")
+    if not isinstance(options, Mapping):
+        raise TypeError("options: not there; it was saved when the settings of a rule were not yet kept apart")
+    family = kind.rules()[decode(str, plain.get("optimizer"), "optimizer")]
+    if unknown := options.keys() - {f.name for f in _fields(family.options)}:
+        raise TypeError(f"options: got {sorted(unknown)[:3]}, which {family.name} does not have")
+    shared = {k: v for k, v in plain.items() if k not in (*PLACED, "options")}
+    found = typing.cast(TrainConfig, decode(kind, shared, kind.__name__))
+    return dataclasses.replace(found, options=decode(family.options, options, "options"))
 
 
 def decode(kind: Any, value: Any, name: str) -> Any:

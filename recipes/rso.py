@@ -1,7 +1,7 @@
 """Train a LLaMA with randomized subspace optimization (RSO, arXiv 2502.07222), any rule as its inner solver.
 
     python -m recipes.rso demo                                     about 3 M parameters, the standard library's sources
-    python -m recipes.rso demo --inner snsm --share                another inner rule; q, k, v share a P
+    python -m recipes.rso demo --optimizer snsm --share            another inner rule; q, k, v share a P
     python -m recipes.rso 60m --data corpus/*.jsonl.xz --tokenizer tokenizer.model
     python -m recipes.rso toy                                      the theory's bound, and where GaLore gets stuck
 
@@ -15,22 +15,14 @@ rates are ours: the update has the size of the inner rule's, so dense AdamW's ra
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-import tyro
-
-from engine.terminal.flags import ask
 from models.layers import attach
-from optimizers.contract import Group, Optimizer, Params, Rule
+from optimizers.contract import Group, Optimizer, Params
 from optimizers.partition import trainable
-from optimizers.rules.adamw import adamw
-from optimizers.rules.galore import galore
-from optimizers.rules.muon import muon
-from optimizers.rules.sgd import sgd
-from optimizers.rules.snsm import snsm
-from optimizers.rules.sumo import sumo
 from optimizers.wrappers.rso import SHARED, rso
 
+from . import flags
 from .cli import main
 from .config import MATRICES, Setup, TrainConfig, rest_for
 from .rso_toy import Toy, toy
@@ -39,8 +31,10 @@ from .train import train
 
 @dataclass(frozen=True, kw_only=True)
 class Rso(TrainConfig):
-    inner: Literal["adamw", "sgd", "muon", "snsm", "galore", "sumo"] = "adamw"
-    """The rule that moves B, for the matrices of attention and MLP; AdamW trains the rest, its state never reset."""
+    optimizer: str = "adamw"
+    """The inner rule: the one that moves B, for the matrices of attention and MLP; AdamW trains the rest, its state
+    never reset. Its options are the last flags here; those that RSO has too are --inner-rank and so on. --inner is
+    another name of this flag."""
     rank: int = 48
     """Columns of P and B."""
     period: int = 200
@@ -57,19 +51,16 @@ class Rso(TrainConfig):
     """Steps over which the learning rate of B rises after each P."""
     prox: float = 0.0
     """1/eta of the penalty ||B||²/(2 eta); 0 leaves it out, as public code does."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """adamw, snsm, galore."""
-    momentum: float = 0.95
-    """sgd, muon, sumo."""
-    inner_rank: int = 12
-    """snsm, galore, sumo: dimension of their own subspace, of B."""
-    update_proj_gap: int = 50
-    """snsm, galore, sumo: steps between two bases of that; each new P brings one too."""
 
     recipe = "rso"
+    prefix = "inner"
+    also: ClassVar = {"inner": "optimizer"}
+    usual: ClassVar = {"": {"rank": 12, "update_proj_gap": 50}, "sgd": {"momentum": 0.95}}
 
     def groups(self, params: Params) -> list[Group]:
-        return groups(self)
+        """The inner rule on attention and MLP; AdamW on the rest, at the same learning rate unless told otherwise."""
+        why = f"attention and MLP, in subspaces of rank {self.rank}"
+        return [Group("rso", self.rule(), (MATRICES,), self.lr, self.weight_decay, why), *rest_for(self)]
 
     def optimizer_for(self, setup: Setup) -> Optimizer:
         """RSO over the groups' rules, and slots for P and B in the model."""
@@ -95,34 +86,6 @@ class Rso(TrainConfig):
         self.at_least("period", 1)
         self.at_least("prox", 0)
         self.at_least("turn_warmup", 0)
-        self.at_least("update_proj_gap", 1)
-
-    @property
-    def trains(self) -> str:
-        return self.inner
-
-
-def rule(config: Rso) -> Rule:
-    """The inner rule."""
-    match config.inner:
-        case "adamw":
-            return adamw(config.betas)
-        case "sgd":
-            return sgd(config.momentum)
-        case "muon":
-            return muon(config.momentum)
-        case "snsm":
-            return snsm(config.inner_rank, config.update_proj_gap, betas=config.betas)
-        case "galore":
-            return galore(config.inner_rank, config.update_proj_gap, betas=config.betas)
-        case "sumo":
-            return sumo(config.inner_rank, config.update_proj_gap, config.momentum)
-
-
-def groups(config: Rso) -> list[Group]:
-    """The inner rule on attention and MLP; AdamW on the rest, at the same learning rate unless told otherwise."""
-    why = f"attention and MLP, in subspaces of rank {config.rank}"
-    return [Group("rso", rule(config), (MATRICES,), config.lr, config.weight_decay, why), *rest_for(config)]
 
 
 def paper(model: Literal["60m", "130m", "350m", "1b", "7b"], rank: int, steps: int, period: int = 200) -> Rso:
@@ -160,8 +123,8 @@ def run(config: Rso | Toy) -> None:
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Rso | Toy:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    cli = tyro.extras.overridable_config_cli
-    return ask(lambda prog: cli(PRESETS, args=args, description=__doc__, prog=prog), program)
+    found: Rso | Toy = flags.parse_presets(PRESETS, args, program, __doc__)
+    return found
 
 
 if __name__ == "__main__":

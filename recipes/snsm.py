@@ -2,7 +2,7 @@
 
     python -m recipes.snsm demo                                    about 3 M parameters, the standard library's sources
     python -m recipes.snsm 60m --data corpus/*.jsonl.xz --tokenizer tokenizer.model        the paper's setting
-    python -m recipes.snsm 60m --method adam_sn --data ...         Subset-Norm alone
+    python -m recipes.snsm 60m --optimizer adam_sn --data ...      Subset-Norm alone
 
 Presets are the authors' settings where they published any (their 60M commands, their 1B figure), else marked inferred.
 Their protocol: C4, sequences of 256, batches of 512 of them, warm-up over a tenth of the steps, cosine to a tenth of
@@ -11,17 +11,14 @@ the peak, global-norm clipping at 1, no weight decay, bf16 throughout (here seco
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-import tyro
+from optimizers.contract import Group, Params, Rule
+from optimizers.rules.snsm import adam_snsm, snsm
 
-from engine.terminal.flags import ask
-from optimizers.contract import Group, Params, Rule, UsageError
-from optimizers.rules import snsm
-from optimizers.rules.adamw import adamw
-
+from . import flags
 from .cli import main
-from .config import MATRICES, TrainConfig
+from .config import MATRICES, TrainConfig, rest_for
 from .train import train
 
 LINEAR = (MATRICES, r"lm_head\.weight$")  # every Linear weight, the head among them, as the authors do
@@ -29,76 +26,34 @@ LINEAR = (MATRICES, r"lm_head\.weight$")  # every Linear weight, the head among 
 
 @dataclass(frozen=True, kw_only=True)
 class Snsm(TrainConfig):
-    method: Literal["snsm", "adam_snsm", "adagrad_snsm", "adam_sn", "adagrad_sn", "rmsprop_sn", "adam_sm", "sgd_sm"] = (
-        "snsm"
-    )
-    """The paper's names: SN is Subset-Norm alone, SM Subspace-Momentum alone."""
-    rank: int = 48
-    """Dimension of the momentum's subspace; the authors take about a quarter of the hidden size."""
-    update_proj_gap: int = 200
-    """Steps between two bases."""
-    proj_type: Literal["auto", "svd", "range", "random", "srht", "topk", "uniform"] = "auto"
-    """Projection: leading singular directions (exact, randomized, or the cheaper of the two), others, or slices."""
-    subset: str = "heuristic"
-    """Which entries share a step size: heuristic (a row or a column), sqrt, a size K, or -q for sqrt(size)/q."""
-    moments: Literal["reset", "keep", "rotate"] = "reset"
-    """What happens to the momentum when the basis changes."""
-    correct_complement: bool = True
-    """Let bias correction also multiply the part of the gradient outside the subspace, as the authors do."""
+    optimizer: str = "snsm"
+    """The rule for Linear weights. The paper's names: adam_snsm and adagrad_snsm are the whole method, adam_sn,
+    adagrad_sn and rmsprop_sn Subset-Norm alone, adam_sm and sgd_sm Subspace-Momentum alone; any other rule can stand in
+    their place. Its options are the last flags here. --method is another name of this flag."""
     head: bool = True
-    """Train the head with the method too, as the authors do; else with AdamW."""
+    """Train the head with the rule too, as the authors do; else with AdamW."""
 
     recipe = "snsm"
+    also: ClassVar = {"method": "optimizer"}
+    usual: ClassVar = {**TrainConfig.usual, "": {"rank": 48, "proj_type": "auto"}}
 
     def groups(self, params: Params) -> list[Group]:
-        return groups(self, params)
-
-    def check(self) -> None:
-        super().check()
-        self.at_least("update_proj_gap", 1)
-
-    @property
-    def trains(self) -> str:
-        return self.method
+        return groups(self, self.rule(), params, self.head)
 
 
-def rule(config: Snsm) -> Rule:
-    """The rule for the matrices."""
-    try:
-        subset = config.subset if config.subset in ("heuristic", "sqrt") else int(config.subset)
-    except ValueError:
-        raise UsageError(f"--subset must be heuristic, sqrt or a whole number, got {config.subset!r}") from None
-    if config.method in ("adam_sn", "adagrad_sn", "rmsprop_sn"):
-        return getattr(snsm, config.method)(subset=subset)
-    options: dict[str, object] = {
-        "proj_type": config.proj_type,
-        "moments": config.moments,
-        "correct_complement": config.correct_complement,
-    }
-    if config.method not in ("adam_sm", "sgd_sm"):
-        options["subset"] = subset
-    return getattr(snsm, config.method)(config.rank, config.update_proj_gap, **options)
-
-
-def groups(config: Snsm, params: Params) -> list[Group]:
-    """The method on Linear weights; Adam on the rest, at the same learning rate unless told otherwise."""
-    rest = config.lr if config.rest_lr is None else config.rest_lr
-    linear = LINEAR if config.head and "lm_head.weight" in params else LINEAR[:1]
-    return [
-        Group(config.method, rule(config), linear, config.lr, config.weight_decay, "Linear weights"),
-        Group("adamw-norms", adamw(eps=1e-6), ("norm",), rest, 0.0, "norms: vectors, never decayed"),
-        Group("adamw", adamw(eps=1e-6), ("",), rest, config.weight_decay, "the rest: rows looked up, not a map"),
-    ]
+def groups(config: TrainConfig, rule: Rule, params: Params, head: bool = True) -> list[Group]:
+    """The rule on Linear weights; Adam on the rest, at the same learning rate unless told otherwise."""
+    linear = LINEAR if head and "lm_head.weight" in params else LINEAR[:1]
+    return [Group(rule.name, rule, linear, config.lr, config.weight_decay, "Linear weights"), *rest_for(config, 1e-6)]
 
 
 def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int, gap: int = 100) -> Snsm:
     """The authors' common settings: lr 5e-2 for all groups (their 60M command, "works for larger models"), clip 1.0."""
     return Snsm(
         model=model,
-        method="adam_snsm",
+        optimizer="adam_snsm",
+        options=adam_snsm.default(rank=rank, update_proj_gap=gap, proj_type="auto"),
         lr=5e-2,
-        rank=rank,
-        update_proj_gap=gap,
         steps=steps,
         micro_batch=32,
         accumulation=16,
@@ -111,7 +66,7 @@ def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int, ga
 PRESETS = {
     "demo": (
         "About 3 M parameters; rates and gap are ours, tuned on Wikipedia (docs/results/snsm-wikipedia).",
-        Snsm(lr=1.5e-2, rest_lr=3e-2, update_proj_gap=50),
+        Snsm(lr=1.5e-2, rest_lr=3e-2, options=snsm.default(rank=48, update_proj_gap=50)),
     ),
     "60m": ("Rank 128, gap 100, 10,000 steps: the authors' 60M command.", paper("60m", 128, 10_000)),
     "130m": ("Rank 256 (inferred from GaLore's), 20,000 steps (GaLore's script).", paper("130m", 256, 20_000)),
@@ -122,8 +77,8 @@ PRESETS = {
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Snsm:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    cli = tyro.extras.overridable_config_cli
-    return ask(lambda prog: cli(PRESETS, args=args, description=__doc__, prog=prog), program)
+    found: Snsm = flags.parse_presets(PRESETS, args, program, __doc__)
+    return found
 
 
 if __name__ == "__main__":

@@ -11,19 +11,19 @@ random directions in the place of leading ones (`--basis range`).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-import tyro
 from rich.console import Console
 
 from engine.terminal.attempt import attempt
-from engine.terminal.flags import ask
-from optimizers.contract import Group, Params, Rule, UsageError
-from optimizers.rules import sumo
+from optimizers.contract import Family, Group, Params
+from optimizers.registry import RULES
+from optimizers.rules import sumo as rules
 
+from . import flags
 from . import sumo_condition as condition
 from .cli import main
 from .config import TrainConfig, groups_for
@@ -32,41 +32,19 @@ from .train import train
 
 @dataclass(frozen=True, kw_only=True)
 class Sumo(TrainConfig):
-    profile: Literal["recommended", "paper", "release"] = "recommended"
-    """recommended; the paper's Algorithm 1; what the released code does. The options below count for the first."""
-    rank: int = 48
-    """Dimension of the subspace."""
-    update_proj_gap: int = 200
-    """Steps between two bases."""
-    beta: float = 0.95
-    """Decay of the moment."""
-    nesterov: Literal["correct", "none", "release"] = "correct"
-    """Orthogonalise the moment one step ahead, or as it is, or as the released code does."""
-    basis: Literal["random", "range", "svd", "track"] = "random"
-    """Random directions, away from the old ones; leading ones of the gradient, randomized or exact; or the old ones
-    after one subspace iteration."""
-    moments: Literal["rotate", "keep", "reset"] = "rotate"
-    """What happens to the moment when the basis changes."""
-    alpha: float | Literal["match"] = "match"
-    """Scale of the whole step; "match" gives the part inside the RMS of a full-rank update, sqrt(min(m, n) / rank)."""
-    rho: float = 1.0
-    """Weight of the gradient's part outside the subspace."""
-    perpendicular: Literal["raw", "normalized", "orthogonal"] = "raw"
-    """That part as it is; with `rho` times the norm of the part inside; or orthogonalised too, as Muon does it."""
-    orthogonalize: Literal["auto", "svd", "lq", "gram", "polar_express", "newton_schulz"] = "auto"
-    """How the polar factor is computed; newton_schulz is Muon's inexact iteration."""
+    optimizer: str = "sumo"
+    """The rule for the matrices of attention and MLP; AdamW trains the rest. sumo is what we recommend, sumo_paper the
+    paper's Algorithm 1, sumo_release what the released code does; any other rule can stand in their place. Its options
+    are the last flags here. --profile recommended, paper and release are other names of the three, --beta is one of
+    --momentum."""
 
     recipe = "sumo"
+    also: ClassVar = {"beta": "momentum"}
+    spelled: ClassVar = {"profile": {"recommended": "sumo", "paper": "sumo_paper", "release": "sumo_release"}}
 
-    def groups(self, params: Params) -> list[Group]:
-        return groups_for(self, rule(self), "matrices of attention and MLP")
-
-    def check(self) -> None:
-        super().check()
-        self.at_least("update_proj_gap", 1)
-        self.at_least("rho", 0)
-        if not 0 <= self.beta < 1:
-            raise UsageError(f"--beta must lie in [0, 1), got {self.beta}")
+    @property
+    def trains(self) -> str:
+        return "" if self.optimizer == "sumo" else self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +54,13 @@ class Condition(Sumo):
 
     recipe = "sumo-condition"
 
+    @classmethod
+    def rules(cls) -> Mapping[str, Family[Any]]:
+        """Those whose moment can be measured."""
+        return {name: family for name, family in RULES.items() if family.options is rules.Sumo}
+
     def groups(self, params: Params) -> list[Group]:
-        watched = condition.watched(rule(self), self.beta)
-        return groups_for(self, watched, "matrices of attention and MLP")
-
-
-def rule(config: Sumo) -> Rule:
-    """The rule for the matrices."""
-    if config.profile != "recommended":
-        profile = {"paper": sumo.sumo_paper, "release": sumo.sumo_release}[config.profile]
-        return profile(config.rank, config.update_proj_gap)
-    return sumo.sumo(
-        config.rank,
-        config.update_proj_gap,
-        momentum=config.beta,
-        nesterov=config.nesterov,
-        basis=config.basis,
-        moments=config.moments,
-        alpha=config.alpha,
-        rho=config.rho,
-        perpendicular=config.perpendicular,
-        orthogonalize=config.orthogonalize,
-    )
+        return groups_for(self, condition.watched(self.rule(), self.options.momentum), params)
 
 
 def run(config: Sumo) -> None:
@@ -127,8 +90,7 @@ def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int) ->
         model=model,
         lr=2.5e-3,
         rest_lr=5e-3,
-        rank=rank,
-        update_proj_gap=250,
+        options=rules.sumo.default(rank=rank, update_proj_gap=250),
         steps=steps,
         micro_batch=32,
         accumulation=16,
@@ -138,22 +100,27 @@ def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int) ->
 
 
 PRESETS = {
-    "demo": ("About 3 M parameters; lr, rest_lr and gap are ours.", Sumo(lr=6e-3, rest_lr=3e-2, update_proj_gap=50)),
+    "demo": (
+        "About 3 M parameters; lr, rest_lr and gap are ours.",
+        Sumo(lr=6e-3, rest_lr=3e-2, options=rules.sumo.default(rank=48, update_proj_gap=50)),
+    ),
     "60m": ("Rank 128, 10,000 steps.", paper("60m", 128, 10_000)),
     "130m": ("Rank 256, 20,000 steps.", paper("130m", 256, 20_000)),
     "350m": ("Rank 256, 60,000 steps.", paper("350m", 256, 60_000)),
     "1b": ("Rank 512, 100,000 steps.", paper("1b", 512, 100_000)),
     "condition": (
         "The demo, measured: condition numbers and spectra of the moments, beside Newton-Schulz's error.",
-        Condition(lr=6e-3, rest_lr=3e-2, update_proj_gap=50, steps=200, basis="range"),
+        Condition(
+            lr=6e-3, rest_lr=3e-2, steps=200, options=rules.sumo.default(rank=48, update_proj_gap=50, basis="range")
+        ),
     ),
 }
 
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Sumo:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    cli = tyro.extras.overridable_config_cli
-    return ask(lambda prog: cli(PRESETS, args=args, description=__doc__, prog=prog), program)
+    found: Sumo = flags.parse_presets(PRESETS, args, program, __doc__)
+    return found
 
 
 if __name__ == "__main__":

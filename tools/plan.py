@@ -26,7 +26,7 @@ from rich.table import Table
 
 from engine.terminal.command import pasted, typed
 from engine.terminal.output import printable
-from optimizers.contract import UsageError
+from optimizers.contract import UsageError, idle
 
 if TYPE_CHECKING:
     from engine.planner.plan import Plan
@@ -148,10 +148,12 @@ def candidates(config: Config) -> Iterator[Iterator[Config]]:
     yield (replaced(recomputed, micro_batch=n, accumulation=sequences // n) for n in counts)
     least = replaced(recomputed, micro_batch=1, accumulation=sequences)
     for name in SMALLER:
-        now = getattr(config, name, None)
-        if type(now) is int:
+        inside = not hasattr(config, name)  # an option of the rule
+        now = getattr(config.options if inside else config, name, None)
+        if type(now) is int and not (inside and name in idle(config.options)):
             floor = LEAST if name == "rank" else 1
-            yield (replaced(least, **{name: n}) for n in halves(now) if n >= floor)
+            smaller = [{name: n} for n in halves(now) if n >= floor]
+            yield (replaced(least, **({"options": replaced(least.options, **n)} if inside else n)) for n in smaller)
 
 
 def halves(n: int) -> Iterator[int]:
@@ -176,12 +178,16 @@ def proposal(config: Config, limit: int, measure: Callable[[Config], "Plan"]) ->
 def changed(before: Config, after: Config) -> str:
     """The flags that make `after` of `before`."""
     flags = []
-    for field in dataclasses.fields(after):
-        value = getattr(after, field.name)
-        if value != getattr(before, field.name):
-            name = f"--{field.name.replace('_', '-')}"
-            flags += [name] if value is True else [name, str(value)]
+    for one, other, flag_of in ((before, after, own_flag), (before.options, after.options, after.flag_of)):
+        for field in dataclasses.fields(other):
+            value = getattr(other, field.name)
+            if value != getattr(one, field.name) and field.name != "options":
+                flags += [flag_of(field.name)] if value is True else [flag_of(field.name), str(value)]
     return pasted(*flags)
+
+
+def own_flag(name: str) -> str:
+    return f"--{name}".replace("_", "-")
 
 
 def show(plan: "Plan", device: str, console: Console, title: str) -> None:

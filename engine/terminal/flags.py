@@ -90,7 +90,7 @@ def wrong_value(why: str, said: list[list[str]]) -> str:
     expected = kinds[1] if len(kinds) > 1 else ""
     if expected.startswith("{None}|"):
         expected = expected.removeprefix("{None}|").removeprefix("{").removesuffix("}")
-    expected = " and ".join(KINDS.get(kind, kind) for kind in expected.split())
+    expected = " and ".join(kind_of(kind) for kind in expected.split())
     if several := re.search(r"instantiated from \[(.*?)\]\.", why):
         got = several[1].replace("', '", "' '")
     elif one := re.search(r"('[^']*'|\"[^\"]*\")[^'\"]*$", why):
@@ -98,6 +98,12 @@ def wrong_value(why: str, said: list[list[str]]) -> str:
     else:
         return why
     return f"got {got}" + (f", expected {expected}" if expected else "")
+
+
+def kind_of(text: str) -> str:
+    """A type as words, of which one may be a choice: "INT|{heuristic,sqrt}"."""
+    parts = [KINDS.get(part, part.strip("{}").replace(",", ", ")) for part in text.split("|")]
+    return " or one of ".join(parts)
 
 
 def meant(said: list[list[str]], placed: list[str]) -> list[str]:

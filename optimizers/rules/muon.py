@@ -40,6 +40,10 @@ class Muon:
     orthogonalize: Literal["newton_schulz", "exact"] = "newton_schulz"
     """Muon's iteration, or U V^T itself."""
 
+    def idle(self) -> set[str]:
+        """Options that change nothing beside the others."""
+        return {"steps", "dtype"} if self.orthogonalize == "exact" else set()
+
 
 def build(name: str, options: Muon) -> Rule:
     """Slots: `momentum_buffer` (p's shape, float32).
@@ -49,6 +53,8 @@ def build(name: str, options: Muon) -> Rule:
     momentum, nesterov, steps = options.momentum, options.nesterov, options.steps
     adjust_lr, orthogonalize = options.adjust_lr, options.orthogonalize
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if not 0 <= momentum < 1:
+        raise UsageError(f"muon: momentum must lie in [0, 1), got {momentum}")
     if options.dtype not in dtypes:
         raise UsageError(f"muon: dtype must be 'bfloat16' or 'float32', got {options.dtype!r}")
     dtype = dtypes[options.dtype]

@@ -29,6 +29,8 @@ class SGD:
 def build(name: str, options: SGD) -> Rule:
     """Slots: `momentum_buffer` (p's shape, float32), or none at momentum 0."""
     momentum, nesterov = options.momentum, options.nesterov
+    if not 0 <= momentum < 1:
+        raise UsageError(f"sgd: momentum must lie in [0, 1), got {momentum}")
     if nesterov and not momentum:
         raise UsageError("sgd: nesterov needs a momentum above 0; got momentum 0")
 

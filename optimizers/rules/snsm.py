@@ -65,7 +65,7 @@ class Snsm:
     second: Literal["none", "coordinate", "subset"] = "subset"
     """Second moments: none (also at b2 = 0), of every entry, of subsets. With a subspace, an entry of G near zero does
     not mean one of what is divided: there "coordinate" takes huge steps until it has seen some gradients. Warm up."""
-    subset: int | str = "heuristic"
+    subset: int | Literal["heuristic", "sqrt"] = "heuristic"
     """Which entries share a step size: heuristic (a row or a column), sqrt, a size K, or -q for sqrt(size)/q."""
     proj_type: Literal["auto", "svd", "range", "random", "srht", "topk", "uniform"] = "auto"
     """On the shorter side svd, range (randomized), auto (one of the two, by size), random (orthonormal), srht; whole
@@ -83,6 +83,15 @@ class Snsm:
     compat: Literal["", "sn-sm"] = ""
     """sn-sm: the authors' first release, to the letter."""
 
+    def idle(self) -> set[str]:
+        """Options that change nothing beside the others."""
+        (b1, b2), subspace = self.betas, {"rank", "update_proj_gap", "proj_type", "moments", "compat"}
+        inside = self.numerator == "subspace" and b1
+        found = set() if inside else subspace
+        found |= set() if inside and self.correct_bias else {"correct_complement"}
+        found |= set() if self.second == "subset" and b2 else {"subset"}
+        return found | (set() if self.second != "none" and b2 else {"eps"})
+
 
 def build(name: str, options: Snsm) -> Rule:
     """Slots: `exp_avg` (of the shape of P G), `exp_avg_sq`, those of `projections` and of `clock`.
@@ -96,7 +105,8 @@ def build(name: str, options: Snsm) -> Rule:
         options.proj_type,
         options.moments,
     )
-    numerator, second, subset, compat = options.numerator, options.second, options.subset, options.compat
+    numerator, second, compat = options.numerator, options.second, options.compat
+    subset: int | str = options.subset
     betas, eps = options.betas, options.eps
     correct_bias, correct_complement = options.correct_bias, options.correct_complement
     b1, b2 = betas

@@ -72,7 +72,7 @@ class Sumo:
     """Most by which the norm of an update may grow from one step to the next."""
     rms: float = 0.2
     """Root mean square of a full-rank update."""
-    alpha: float | str = "match"
+    alpha: float | Literal["match"] = "match"
     """What the whole update is multiplied by; match: sqrt(short side / rank)."""
     rho: float = 1.0
     """Weight of the gradient outside the subspace."""
@@ -82,6 +82,12 @@ class Sumo:
     """How the polar factor is computed."""
     decay: Literal["before", "after"] = "before"
     """Weight decay before the step, as Algorithm 1 has it, or after it: then the step decays too."""
+
+    def idle(self) -> set[str]:
+        """Options that change nothing beside the others."""
+        return (set() if self.refresh_below is None else {"update_proj_gap"}) | (
+            set() if self.rho else {"perpendicular"}
+        )
 
 
 def build(name: str, options: Sumo) -> Rule:

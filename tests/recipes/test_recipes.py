@@ -157,7 +157,7 @@ def test_wrong_arguments_are_one_line_that_names_them(tmp_path, case):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--subset some", "--subset must be heuristic, sqrt or a whole number, got 'some'"),
+        ("--subset some", "--subset: got 'some', expected a whole number or one of heuristic, sqrt"),
         ("--update-proj-gap 0", "--update-proj-gap must be at least 1, got 0"),
         ("--rank 17", "model.layers.0.self_attn.q_proj.weight (16, 16): rank must lie in [1, 16]"),
     ],

@@ -5,7 +5,7 @@ from helpers.subspace import KINDS
 
 from optimizers.contract import UsageError
 from recipes.rso import PRESETS as RECIPES
-from recipes.rso import Rso, groups
+from recipes.rso import Rso
 from recipes.rso_toy import Counterexample, Toy, least_squares, picture, toy
 
 slow = pytest.mark.slow
@@ -61,4 +61,4 @@ def test_presets_have_galores_ranks_and_periods():
     for _, config in RECIPES.values():
         if isinstance(config, Rso):
             config.check()
-            assert {group.name for group in groups(config)} == {"rso", "adamw-norms", "adamw-rest"}
+            assert {group.name for group in config.groups({})} == {"rso", "adamw-norms", "adamw-rest"}

@@ -1,0 +1,172 @@
+"""A recipe's command line: its own flags, `--optimizer NAME`, and the options of that rule as flags.
+
+The rule is found first. Then the command line is read as a config whose options are that rule's: so --help lists them,
+and a flag that would change nothing is refused. A rule that is in `optimizers/registry.py` needs nothing else for this.
+"""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from engine.terminal.flags import ask
+from optimizers.contract import Family, UsageError, idle
+
+from .config import TrainConfig
+
+Config = TypeVar("Config", bound=TrainConfig)
+OPTIMIZER = "optimizer"
+
+
+def parse(config: Config, args: Sequence[str] | None, program: str, description: str | None) -> Config:
+    """`config` with what a command line of `program` asks for; without `args` the one that was typed.
+
+    Raises UsageError.
+    """
+    words = respelled(config, _typed(args))
+    under = asked(config, words)
+
+    def read(prog: str) -> Any:
+        shown = offered(under)
+        return tyro.cli(type(shown), default=shown, args=words, description=description, prog=prog)
+
+    return settled(ask(read, program), under, words)
+
+
+def parse_presets(
+    presets: Mapping[str, tuple[str, Any]], args: Sequence[str] | None, program: str, description: str | None
+) -> Any:
+    """The same, where the first word names one of several configs, each with a line that says what it is. Those that
+    train nothing have flags of their own. Raises UsageError."""
+    words = _typed(args)
+    name = words[0] if words else ""
+    chosen = presets[name][1] if name in presets else None
+    under = chosen
+    if isinstance(chosen, TrainConfig):
+        words = respelled(chosen, words)
+        under = asked(chosen, words)
+
+    def read(prog: str) -> Any:
+        known = {**presets, name: (presets[name][0], under)} if name in presets else presets
+        shown = {
+            one: (said, offered(config) if isinstance(config, TrainConfig) else config)
+            for one, (said, config) in known.items()
+        }
+        return tyro.extras.overridable_config_cli(shown, args=words, description=description, prog=prog)
+
+    found = ask(read, program)
+    return settled(found, under, words) if isinstance(under, TrainConfig) else found
+
+
+def _typed(args: Sequence[str] | None) -> list[str]:
+    return [*(sys.argv[1:] if args is None else args)]
+
+
+def respelled(config: TrainConfig, words: Sequence[str]) -> list[str]:
+    """The command line with the recipe's other names of flags, such as `--profile paper`, as `--optimizer NAME` and the
+    flags of options. Raises UsageError."""
+    also = {f"--{name}": config.flag_of(meant) for name, meant in config.also.items()}
+    spelled = {f"--{name}": meant for name, meant in config.spelled.items()}
+    found, rest = list[str](), iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        names = spelled.get(flag)
+        if names is None:
+            found.append(also.get(flag, flag) + equals + value)
+            continue
+        value = value if equals else next(rest, "")
+        if value not in names:
+            raise UsageError(f"{flag}: got {value!r}, expected one of {', '.join(names)}")
+        found += [f"--{OPTIMIZER}", names[value]]
+    return found
+
+
+def asked(config: Config, words: Sequence[str]) -> Config:
+    """`config` under the rule that the command line names, if any. Raises UsageError where it names two, or a flag is
+    an option of other rules only."""
+    named = [
+        value if equals else (words[i + 1] if i + 1 < len(words) else "")
+        for i, word in enumerate(words)
+        for flag, equals, value in [word.partition("=")]
+        if flag == f"--{OPTIMIZER}"
+    ]
+    if len(set(named)) > 1:
+        raise UsageError(f"--{OPTIMIZER}: got {' and '.join(dict.fromkeys(named))}, expected one")
+    rules = config.rules()
+    under: Config = config.under(named[0]) if named and named[0] in rules else config  # else the parser lists them
+    own = {f"--{f.name}".replace("_", "-") for f in dataclasses.fields(config)} | _options(
+        under, rules[under.optimizer]
+    )
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if not {flag, flag.replace("--no-", "--", 1)} & own and (having := _having(under, flag)):
+            raise UsageError(
+                f"{flag}: {under.optimizer} has no such option, {', '.join(having)} {'have' if having[1:] else 'has'}; "
+                f"leave it out, or choose another --{OPTIMIZER}"
+            )
+    return under
+
+
+def _having(config: TrainConfig, flag: str) -> list[str]:
+    """The rules that have this flag."""
+    positive = flag.replace("--no-", "--", 1)
+    return [name for name, family in config.rules().items() if {flag, positive} & _options(config, family)]
+
+
+def _options(config: TrainConfig, family: Family[Any]) -> set[str]:
+    """The flags of a rule's options."""
+    return {config.flag_of(f.name) for f in dataclasses.fields(family.options)}
+
+
+def offered(config: TrainConfig) -> Any:
+    """`config` as an instance of a class in which the types of `optimizer` and `options` are known."""
+    names: Any = Literal[tuple(config.rules())]
+    options = _offered(config)
+    shown: list[tuple[str, Any, Any]] = [
+        (OPTIMIZER, names, dataclasses.field()),
+        ("options", Annotated[type(options), tyro.conf.arg(name="")], dataclasses.field()),
+        ("lr_of", tyro.conf.SuppressFixed[tyro.conf.Fixed[str]], dataclasses.field()),
+    ]
+    made: Any = dataclasses.make_dataclass(
+        type(config).__name__, shown, bases=(type(config),), frozen=True, kw_only=True
+    )
+    return made(**{**_values(config), "options": options})
+
+
+def _offered(config: TrainConfig) -> Any:
+    """The options, as an instance of a class that says the flags that are not named as the option."""
+    options, shown = config.options, list[tuple[str, Any, Any]]()
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        flag = config.flag_of(field.name)
+        if flag != f"--{field.name}".replace("_", "-"):
+            named = tyro.conf.arg(name=flag.removeprefix("--"))
+            shown.append((field.name, Annotated[hints[field.name], named], dataclasses.field(default=field.default)))
+    if not shown:
+        return options
+    made: Any = dataclasses.make_dataclass(type(options).__name__, shown, bases=(type(options),), frozen=True)
+    return made(**_values(options))
+
+
+def _values(instance: Any) -> dict[str, Any]:
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+
+
+def settled(found: Any, before: Config, words: Sequence[str]) -> Config:
+    """What was parsed, in the classes of `before`, which was what it began with. Raises UsageError where an option was
+    given that changes nothing beside the others."""
+    values = {f.name: getattr(found, f.name) for f in dataclasses.fields(before)}
+    options = type(before.options)(
+        **{f.name: getattr(found.options, f.name) for f in dataclasses.fields(before.options)}
+    )
+    for name in sorted(idle(options)):
+        if getattr(options, name) != getattr(before.options, name):
+            raise UsageError(
+                f"{before.flag_of(name)}: changes nothing under {before.optimizer} with its other options as they are; "
+                "leave it out"
+            )
+    rated = any(word.partition("=")[0] == "--lr" for word in words)
+    return type(before)(**{**values, "options": options, "lr_of": "" if rated else before.lr_of})
