@@ -132,6 +132,7 @@ class Family(Generic[Chosen]):
     ) -> None:
         self.name, self._build, self.preset = name, build, MappingProxyType(preset)
         self.options: Any = options
+        self.file: str = build.__module__
         self.__doc__ = build.__doc__
 
     def __call__(self, *args: Chosen.args, **kwargs: Chosen.kwargs) -> Rule:

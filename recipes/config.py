@@ -156,7 +156,7 @@ class TrainConfig(LanguageConfig):
 
     def plain(self) -> dict[str, Any]:
         """Every field as JSON can hold it, and the recipe."""
-        return {**super().plain(), "recipe": self.recipe}
+        return {k: value for k, value in super().plain().items() if k != "lr_of"} | {"recipe": self.recipe}
 
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model's configuration. Raises UsageError where sizes do not go together."""

@@ -71,9 +71,9 @@ def restore(
             f"{saved.path / checkpoint.TRAINER}: edited, position {progress.position} is not {progress.units} "
             f"{task.unit}; take another checkpoint"
         )
-    if source is None and list(was.get("freeze", ())) != list(config.freeze):
+    if source is None and was.get("freeze", []) != list(config.freeze):
         raise CheckpointError(
-            f"{saved.path}: was trained with --freeze {list(was.get('freeze', ()))}, got {list(config.freeze)}; resume "
+            f"{saved.path}: was trained with --freeze {was.get('freeze', [])}, got {list(config.freeze)}; resume "
             "with what it was trained with, or give what is frozen no more a fresh state with --swap"
         )
     weights = {**step.params, **step.buffers}
@@ -98,11 +98,23 @@ def restore(
     step.missing.look(step.state)
     step.previous = torch.tensor(progress.previous_norm, device=step.device)
     now = config.plain()
-    changed = [f"{k} {was[k]} -> {now[k]}" for k in now if k in was and was[k] != now[k] and k not in UNSAID]
+    changed = list(_changed(was, {k: value for k, value in now.items() if k not in UNSAID}))
     swapped = saved.step if source is not None else progress.swapped
     offset = task.units(start.position) - progress.units
     reads_on = "; ".join(filter(None, (start.said, ahead)))
     return Restored(saved.step, start.position, offset, reads_on, progress.rates, swapped, converted, changed)
+
+
+def _changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What is set to something else than it was; of settings in a setting, such as an optimizer's options, each."""
+    for name, value in now.items():
+        if name not in was or was[name] == value:
+            continue
+        before = was[name]
+        if isinstance(value, dict) and isinstance(before, dict) and value.keys() == before.keys():
+            yield from _changed(before, value)
+        else:
+            yield f"{name} {before} -> {value}"
 
 
 def _read_ahead(

@@ -102,8 +102,8 @@ def wrong_value(why: str, said: list[list[str]]) -> str:
 
 def kind_of(text: str) -> str:
     """A type as words, of which one may be a choice: "INT|{heuristic,sqrt}"."""
-    parts = [KINDS.get(part, part.strip("{}").replace(",", ", ")) for part in text.split("|")]
-    return " or one of ".join(parts)
+    parts = [KINDS.get(part, part.strip("{}")) for part in text.split("|")]
+    return " or ".join(f"one of {part.replace(',', ', ')}" if "," in part else part for part in parts)
 
 
 def meant(said: list[list[str]], placed: list[str]) -> list[str]:

@@ -202,7 +202,9 @@ def settings(draw: random.Random, folder: Path) -> None:
     """What the recipe was told, of a kind that it is never told."""
     record = json.loads((folder / TRAINER).read_text())
     config = record["config"]
-    key = draw.choice([*config, "recipe", "rank", "size"])
+    if draw.random() < 0.3:
+        config = config["options"]
+    key = draw.choice([*config, *(key for key in ("recipe", "size", "optimizer", "options", "rank") if key in config)])
     config[key] = draw.choice([value for value in (None, "", "x", [], {}, [1], {"a": 1}) if value != config[key]])
     seal(folder, record)
 
