@@ -147,13 +147,13 @@ def candidates(config: Config) -> Iterator[Iterator[Config]]:
     counts = [n for n in range(config.micro_batch - 1, 0, -1) if sequences % n == 0]
     yield (replaced(recomputed, micro_batch=n, accumulation=sequences // n) for n in counts)
     least = replaced(recomputed, micro_batch=1, accumulation=sequences)
+    options = getattr(config, "options", None)  # of the rule, where a recipe has one
     for name in SMALLER:
-        inside = not hasattr(config, name)  # an option of the rule
-        now = getattr(config.options if inside else config, name, None)
-        if type(now) is int and not (inside and name in idle(config.options)):
-            floor = LEAST if name == "rank" else 1
-            smaller = [{name: n} for n in halves(now) if n >= floor]
-            yield (replaced(least, **({"options": replaced(least.options, **n)} if inside else n)) for n in smaller)
+        inside = not hasattr(config, name)
+        now = getattr(options if inside else config, name, None)
+        if type(now) is int and not (inside and name in idle(options)):
+            smaller = [{name: n} for n in halves(now) if n >= (LEAST if name == "rank" else 1)]
+            yield (replaced(least, **({"options": replaced(options, **n)} if inside else n)) for n in smaller)
 
 
 def halves(n: int) -> Iterator[int]:
@@ -177,17 +177,16 @@ def proposal(config: Config, limit: int, measure: Callable[[Config], "Plan"]) ->
 
 def changed(before: Config, after: Config) -> str:
     """The flags that make `after` of `before`."""
-    flags = []
-    for one, other, flag_of in ((before, after, own_flag), (before.options, after.options, after.flag_of)):
-        for field in dataclasses.fields(other):
-            value = getattr(other, field.name)
-            if value != getattr(one, field.name) and field.name != "options":
-                flags += [flag_of(field.name)] if value is True else [flag_of(field.name), str(value)]
-    return pasted(*flags)
+    found = {f"--{n}".replace("_", "-"): v for n, v in differing(before, after).items() if n != "options"}
+    if hasattr(after, "options"):
+        found |= {after.flag_of(n): v for n, v in differing(before.options, after.options).items()}
+    return pasted(*(word for flag, v in found.items() for word in ([flag] if v is True else [flag, str(v)])))
 
 
-def own_flag(name: str) -> str:
-    return f"--{name}".replace("_", "-")
+def differing(before: Any, after: Any) -> dict[str, Any]:
+    """The fields in which one dataclass differs from another of its kind."""
+    values = {field.name: getattr(after, field.name) for field in dataclasses.fields(after)}
+    return {name: value for name, value in values.items() if value != getattr(before, name)}
 
 
 def show(plan: "Plan", device: str, console: Console, title: str) -> None:
