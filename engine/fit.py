@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from optimizers.compile import can_compile
 from optimizers.contract import Optimizer, UsageError
 from optimizers.partition import freeze, trainable
 from optimizers.random import fold
@@ -22,7 +23,6 @@ from .loop.folder import device_of, leave_branch, place
 from .loop.metrics import Metrics
 from .loop.result import write_result
 from .loop.trainer import Trainer
-from .step.compile import can_compile
 from .step.step import Step
 from .task import Task
 from .terminal.attempt import attempt

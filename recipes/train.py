@@ -24,12 +24,12 @@ from engine.loop.folder import device_of, leave_branch, place
 from engine.loop.metrics import FILE, Metrics
 from engine.loop.result import evaluations, write_result
 from engine.loop.trainer import Trainer
-from engine.step.compile import can_compile
 from engine.tasks.language import LanguageTask
 from engine.terminal.attempt import attempt
 from engine.terminal.command import pasted, program
 from engine.terminal.progress import Bar
 from models.sampling import generate
+from optimizers.compile import can_compile
 
 from .build import Run, build
 from .config import TrainConfig

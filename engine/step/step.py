@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from optimizers.apply import Bound, rebuild
+from optimizers.compile import compiled
 from optimizers.contract import Hyper, Optimizer, Params, State, UsageError, bare, part
+from optimizers.kernel import Kernel, make_kernel
+from optimizers.missing import Missing
 from optimizers.random import Key, fold, word
 
 from . import backward
-from .compile import compiled
-from .kernel import Kernel, make_kernel
-from .missing import Missing
 from .observer import Observer
 from .randomness import Draws
 from .segments import Batch, Chain, Segment, reciprocal, valid

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.step.kernel import make_kernel
 from optimizers.apply import add, move, update
 from optimizers.contract import Group, Kind, Rule, declare
+from optimizers.kernel import make_kernel
 from optimizers.partition import partition
 from optimizers.rules.adamw import adamw
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from engine.step.compile import compiled
+from optimizers.compile import compiled
 from optimizers.contract import UsageError
 from optimizers.linalg import polar as module
 from optimizers.linalg.polar import EXPRESS, METHODS, newton_schulz, polar

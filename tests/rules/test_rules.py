@@ -9,10 +9,10 @@ from helpers.matrices import copied, hyper, randn, same
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from engine.step.compile import compiled
-from engine.step.kernel import make_kernel
 from optimizers.apply import add
+from optimizers.compile import compiled
 from optimizers.contract import Rule, Slots, state_bytes
+from optimizers.kernel import make_kernel
 from optimizers.random import Key, fold
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore

@@ -7,8 +7,8 @@ import torch
 from helpers.matrices import decaying, hyper, randn
 
 from engine.memory import counted_peak
-from engine.step.compile import compiled
-from engine.step.kernel import make_kernel
+from optimizers.compile import compiled
+from optimizers.kernel import make_kernel
 from optimizers.linalg import projections
 from optimizers.random import Key
 from optimizers.rules.snsm import (

@@ -8,11 +8,11 @@ import torch
 from helpers.matrices import decaying, hyper, randn, run
 
 from engine.memory import counted_peak
-from engine.step.compile import compiled
-from engine.step.kernel import make_kernel
 from optimizers import linalg
 from optimizers.apply import add, refresh, update
+from optimizers.compile import compiled
 from optimizers.contract import Group
+from optimizers.kernel import make_kernel
 from optimizers.partition import partition
 from optimizers.random import Key, normal
 from optimizers.rules.sumo import sumo, sumo_release

@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers.runs import ROOT
 
-from engine.step.compile import compiled
+from optimizers.compile import compiled
 
 SCRIPT = """
 import torch
-from engine.step.compile import compiled
+from optimizers.compile import compiled
 def norms(x): return torch.nn.functional.layer_norm(x, (129,)).square().sum(-1).sqrt()
 x = torch.randn(37, 129)
 torch.testing.assert_close(compiled(norms)(x), norms(x), rtol=1e-5, atol=1e-5)

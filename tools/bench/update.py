@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.step.compile import compiled
-from engine.step.kernel import Kernel, make_kernel
 from models.llama import PRESETS, Llama, LlamaConfig
+from optimizers.compile import compiled
 from optimizers.contract import Rule, state_bytes
+from optimizers.kernel import Kernel, make_kernel
 from optimizers.random import fold
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore

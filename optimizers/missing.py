@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from optimizers.contract import Group, Slots, State
+from .contract import Group, Slots, State
 
 
 class Missing:

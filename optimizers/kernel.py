@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optimizers.apply import Bound, move
-from optimizers.contract import Hyper, Rule, Slots
+from .apply import Bound, move
+from .contract import Hyper, Rule, Slots
 
 Kernel = Callable[[Sequence[Tensor], Sequence[Slots], Sequence[Tensor], Sequence[Hyper], Tensor, Tensor | None], Tensor]
 
