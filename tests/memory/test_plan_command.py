@@ -1,0 +1,101 @@
+"""What `tools.plan` answers: sizes, bad arguments, what fits, and the mildest change that does."""
+
+import functools
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers.plans import TINY, predicted, settings
+from helpers.runs import Done, tool
+
+from engine.planner.plan import Plan
+from engine.tasks.config import LanguageConfig
+from tools.plan import changed, halves, main, positive, proposal, size
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# The command line.
+
+
+def test_sizes_are_read_with_their_units():
+    assert size("24GiB") == 24 * 2**30
+    assert size("1.5 GB") == 1_500_000_000
+    assert size("800mib") == 800 * 2**20
+    for text in ("24", "GiB", "-1GiB", "0GiB", "24 apples"):
+        with pytest.raises(ValueError, match="such as 24GiB"):
+            size(text)
+    assert positive("32000") == 32000
+    with pytest.raises(ValueError, match="whole number"):
+        positive("-1")
+    assert list(halves(9)) == [4, 2, 1]
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["snsm", "--fit"],
+        ["snsm", "--fit=lots"],
+        ["../x"],
+        ["no_such"],
+        ["omgd", "toy"],
+        [],
+        ["snsm", "--vocabulary", "no"],
+    ],
+)
+def test_bad_arguments_end_with_two(arguments):
+    assert main(arguments) == 2
+
+
+SMALL = ["--size.hidden-size", "32", "--size.intermediate-size", "48", "--size.num-hidden-layers", "2"]
+SMALL += ["--size.num-attention-heads", "4", "--sequence", "32", "--compile", "off", "--device", "cpu"]
+
+
+def command(*arguments: str) -> Done:
+    return tool(ROOT, shlex.join(["tools.plan", *arguments]))
+
+
+@pytest.mark.run
+def test_the_command_says_what_fits_and_its_exit_code_too():
+    asked = command("baseline", *SMALL, "--json")
+    assert asked.code == 0, asked.err
+    content = json.loads(asked.out)
+    need, least = content["asked"]["bytes"], content["asked"]["weights"] + content["asked"]["state"]
+    assert "fits" not in content
+    close = command("baseline", *SMALL, "--fit", f"{(2 * least + need) // 3}B")
+    assert close.code == 0, close.err
+    assert "--recompute" in close.out.splitlines()[-1]
+    assert "\x1b" not in close.out, "plain when piped"
+    never = command("baseline", *SMALL, "--fit", f"{least}B")
+    assert never.code == 3, never.err
+    assert "nothing does" in never.out
+    assert command("baseline", *SMALL, "--fit", "1GiB", "--micro-batch", "0").code == 2
+
+
+@pytest.mark.run
+def test_a_proposal_is_planned_to_fit_and_is_the_mildest():
+    config = settings(8, 32, compile="off")
+
+    @functools.cache
+    def measure(config: LanguageConfig) -> Plan:
+        return predicted("adamw", TINY, config, 1)
+
+    needs = {
+        (recompute, batch): measure(
+            settings(batch, 32, compile="off", recompute=recompute, accumulation=8 // batch)
+        ).bytes
+        for recompute, batch in ((False, 8), (True, 8), (True, 4), (True, 2), (True, 1))
+    }
+    for limit, flags in (
+        (needs[True, 8], "--recompute"),
+        (needs[True, 8] - 1, "--micro-batch 4 --accumulation 2 --recompute"),
+        (needs[True, 2], "--micro-batch 2 --accumulation 4 --recompute"),
+    ):
+        found = proposal(config, limit, measure)
+        assert found is not None
+        assert changed(config, found[0]) == flags
+        assert measure(found[0]).bytes <= limit
+        assert found[0].micro_batch * found[0].accumulation == 8
+    assert proposal(config, needs[True, 1] // 2, measure) is None
