@@ -63,6 +63,15 @@ def test_imports_are_relative_inside_a_package(file):
             assert name.partition(".")[0] != package, f"{file.relative_to(ROOT)}:{node.lineno} write {name} with a dot"
 
 
+REFERENCES = sorted((ROOT / "tests" / "reference").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.stem)
+def test_a_reference_does_not_know_what_it_checks(file):
+    names = {name.partition(".")[0] for name, _ in imports(file)}
+    assert names <= {"numpy", "torch"} | sys.stdlib_module_names, names
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_import_cycles(package):
     graph = {

@@ -50,7 +50,18 @@ def test_bad_arguments_end_with_two(arguments):
 
 
 SMALL = ["--size.hidden-size", "32", "--size.intermediate-size", "48", "--size.num-hidden-layers", "2"]
-SMALL += ["--size.num-attention-heads", "4", "--sequence", "32", "--micro-batch", "2", "--compile", "off", "--device", "cpu"]
+SMALL += [
+    "--size.num-attention-heads",
+    "4",
+    "--sequence",
+    "32",
+    "--micro-batch",
+    "2",
+    "--compile",
+    "off",
+    "--device",
+    "cpu",
+]
 
 
 def command(*arguments: str) -> Done:

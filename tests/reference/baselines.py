@@ -1,11 +1,11 @@
-"""The baselines in float64: AdamW (arXiv 1711.05101) and GaLore (arXiv 2403.03507). Muon and SGD are checked by torch's.
+"""The baselines in float64: AdamW (arXiv 1711.05101) and GaLore (arXiv 2403.03507). Muon and SGD: see torch.optim.
 
-    (1)  m_t = b1 m_{t-1} + (1 - b1) g,  v_t = b2 v_{t-1} + (1 - b2) g^2
-    (2)  AdamW: w <- (1 - lr wd) w - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
-    (3)  GaLore: C = G Q or Q^T G, of the shorter side, takes g's place in (1); N = m / (sqrt(v) + eps) times
-         sqrt(1 - b2^t) / (1 - b1^t), lifted back by Q;  W <- W - lr scale N;  then W <- W - lr wd W
-    (4)  at a refresh: moments kept, cleared with their count of steps, or (ours) rotated, m by R = Q_new^T Q_old and v
-         by R^2
+(1)  m_t = b1 m_{t-1} + (1 - b1) g,  v_t = b2 v_{t-1} + (1 - b2) g^2
+(2)  AdamW: w <- (1 - lr wd) w - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
+(3)  GaLore: C = G Q or Q^T G, of the shorter side, takes g's place in (1); N = m / (sqrt(v) + eps) times
+     sqrt(1 - b2^t) / (1 - b1^t), lifted back by Q;  W <- W - lr scale N;  then W <- W - lr wd W
+(4)  at a refresh: moments kept, cleared with their count of steps, or (ours) rotated, m by R = Q_new^T Q_old and v
+     by R^2
 """
 
 import numpy as np

@@ -1,10 +1,10 @@
 """Omni-masked gradient descent (arXiv 2603.05960) in plain PyTorch, float64 where the model is.
 
-    (3)  sum_{j=1..M} S_j = M 1: over a cycle every entry is scaled by M in all
-    (4)  g_t = S_j (.) grad f(theta_t; z_i), each pair (j, i) once a cycle
-    (5)  Algorithm 2, layers: gamma of N_L train at a time, their gradients times N_L / gamma; the rest always trains,
-         at scale 1
-    (6)  frozen is: no gradient, no step, no decay, no count of steps; its state is kept, or forgotten
+(3)  sum_{j=1..M} S_j = M 1: over a cycle every entry is scaled by M in all
+(4)  g_t = S_j (.) grad f(theta_t; z_i), each pair (j, i) once a cycle
+(5)  Algorithm 2, layers: gamma of N_L train at a time, their gradients times N_L / gamma; the rest always trains,
+     at scale 1
+(6)  frozen is: no gradient, no step, no decay, no count of steps; its state is kept, or forgotten
 """
 
 from collections.abc import Callable, Sequence

@@ -1,14 +1,13 @@
 """Randomized subspace optimization (arXiv 2502.07222) in float64, in PyTorch's orientation: W (out, in), P (in, r).
 
-    (4a)  B~ = argmin_B f(W + B P^T) + 1/(2 eta) ||B||^2, from B = 0, by steps of an inner rule
-    (4b)  W <- W + B~ P^T, and a new P
-    (5)   y = x W^T + (x P) B^T
-    (6)   dB = dY^T (x P): of x nothing but x P is needed;  dx = dY (W + B P^T)
-    (7)   E[P P^T] = I;  for Haar and coordinates also P^T P = (in / r) I
-    (8)   a moment M of B in the next subspace (ours): M P_old^T P_new r / in
+(4a)  B~ = argmin_B f(W + B P^T) + 1/(2 eta) ||B||^2, from B = 0, by steps of an inner rule
+(4b)  W <- W + B~ P^T, and a new P
+(5)   y = x W^T + (x P) B^T
+(6)   dB = dY^T (x P): of x nothing but x P is needed;  dx = dY (W + B P^T)
+(7)   E[P P^T] = I;  for Haar and coordinates also P^T P = (in / r) I
+(8)   a moment M of B in the next subspace (ours): M P_old^T P_new r / in
 """
 
-import torch
 from torch import Tensor
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.close import assert_follows
 from helpers.matrices import hyper, randn
+from reference.baselines import AdamW, Galore
 
 from optimizers.apply import add
 from optimizers.contract import Rule, UsageError
@@ -61,35 +62,35 @@ def test_parity_with_torch(rule, library, decay):
 def test_galore_is_its_algorithm_in_float64(moments, shape, method):
     b1, b2, eps, lr, wd, scale = 0.9, 0.999, 1e-6, 0.01, 0.1, 0.25
     rule, p = galore(RANK, GAP, scale, (b1, b2), eps, moments, method), randn(*shape)
-    slots, w, tall = rule.init(p), p.double().numpy(), shape[0] >= shape[1]
-    m = v = np.zeros((shape[0], RANK) if tall else (RANK, shape[1]))
-    q, since, way = None, 0, np.zeros(shape)
+    slots, replay, way = rule.init(p), Galore(p.numpy(), RANK, scale, b1, b2, eps, moments), np.zeros(shape)
     for t in range(1, 11):
         g = randn(*shape, seed=t) @ torch.diag(torch.arange(1, shape[1] + 1) ** -1.0)
         if (t - 1) % GAP == 0:
-            old, (slots, ok) = q, rule.refresh(g, slots, Key(t))
+            slots, ok = rule.refresh(g, slots, Key(t))
             assert ok
             q = slots["basis"].double().numpy()
-            u, _, vh = np.linalg.svd(g.double().numpy(), full_matrices=False)
-            exact = vh[:RANK].T if tall else u[:, :RANK]
             if method == "svd":
-                np.testing.assert_allclose(np.abs((q * exact).sum(0)), 1, atol=1e-5)
-            if old is not None and moments == "reset":
-                m, v, since = np.zeros_like(m), np.zeros_like(v), t - 1
-            elif old is not None and moments == "rotate":
-                r = q.T @ old
-                m, v = (m @ r.T, v @ (r**2).T) if tall else (r @ m, r**2 @ v)
-        d = g.double().numpy()
-        c = d @ q if tall else q.T @ d
-        m, v = b1 * m + (1 - b1) * c, b2 * v + (1 - b2) * c**2
-        n = m / (np.sqrt(v) + eps) * np.sqrt(1 - b2 ** (t - since)) / (1 - b1 ** (t - since))
-        before = w
-        w = w - lr * scale * (n @ q.T if tall else q @ n)
-        w = w - lr * wd * w
-        way += np.abs(w - before)
+                np.testing.assert_allclose(np.abs((q * replay.leading(g.numpy())).sum(0)), 1, atol=1e-5)
+            replay.refresh(q)
+        before = replay.w
+        replay.step(g.numpy(), lr, wd)
+        way += np.abs(replay.w - before)
         delta, slots = rule.update(g, slots, p, hyper(lr, wd))
         p = add(p, delta)
-        assert_follows(p, w, way, atol=1e-6, said=f"step {t}")
+        assert_follows(p, replay.w, way, atol=1e-6, said=f"step {t}")
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_adamw_is_its_algorithm_in_float64(eps):
+    rule, p = adamw((0.8, 0.95), eps), randn(9, 5)
+    slots, replay, w, way = rule.init(p), AdamW(b1=0.8, b2=0.95, eps=eps), p.double(), np.zeros(p.shape)
+    for t in range(20):
+        g, before = randn(9, 5, seed=t + 1), w
+        w = replay.step(w, g, 0.01, 0.1)
+        way += (w - before).abs().numpy()
+        delta, slots = rule.update(g, slots, p, hyper(0.01, 0.1))
+        p = add(p, delta)
+        assert_follows(p, w, way, said=f"step {t}")
 
 
 @pytest.mark.parametrize(

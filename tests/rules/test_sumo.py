@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.matrices import decaying, hyper, randn, run
+from reference.sumo import Sumo, first_delta
 from torch import Tensor
 
 from models.llama import PRESETS, Llama
@@ -29,60 +30,6 @@ def update_of(rule: Rule, g: Tensor, slots: Slots, lr: float = 1.0) -> Tensor:
 
 def value(q: Tensor) -> np.ndarray:
     return q.double().numpy()
-
-
-def exact(x: np.ndarray) -> np.ndarray:
-    u, _, vh = np.linalg.svd(x, full_matrices=False)
-    return u @ vh
-
-
-# a replay of the algorithm in float64 ---------------------------------------------------------------------------------
-
-
-class Replay:
-    """Algorithm 1 on the rows of one matrix (m, n), Q (m, r); whoever projects columns passes everything transposed."""
-
-    def __init__(
-        self,
-        w,
-        *,
-        nesterov="correct",
-        moments="rotate",
-        limiter=None,
-        alpha="match",
-        rho=1.0,
-        perpendicular="raw",
-        decay="before",
-    ):
-        self.w, self.q, self.m, self.norm = w, None, 0.0, 0.0
-        self.nesterov, self.moments, self.limiter, self.rho = nesterov, moments, limiter, rho
-        self.perpendicular, self.decay = perpendicular, decay
-        self.alpha = np.sqrt(min(w.shape) / RANK) if alpha == "match" else alpha
-
-    def step(self, g, q, lr, wd, mu=0.95):
-        if self.q is not None and q is not self.q:
-            if self.moments == "rotate":
-                self.m = q.T @ self.q @ self.m
-            elif self.moments == "reset":
-                self.m = 0.0
-        self.q = q
-        c = q.T @ g
-        if self.nesterov == "release":
-            self.m = mu**2 * self.m + (1 + mu) * c
-        else:
-            self.m = mu * self.m + c
-        o = exact(c + mu * self.m if self.nesterov == "correct" else self.m)
-        if self.limiter:
-            norm = np.linalg.norm(o)
-            if self.norm and norm > self.limiter * self.norm:
-                o = o / norm * self.limiter * self.norm
-            self.norm = np.linalg.norm(o)
-        inside = 0.2 * np.sqrt(max(self.w.shape)) * q @ o
-        outside = g - q @ c
-        if self.perpendicular == "normalized":
-            outside = outside / np.linalg.norm(outside) * np.linalg.norm(inside)
-        moved = self.w - lr * self.alpha * (inside + self.rho * outside)
-        self.w = moved - lr * wd * (self.w if self.decay == "before" else moved)
 
 
 RELEASE = dict(nesterov="release", moments="keep", limiter=1.1, alpha=4.0, decay="after")
@@ -117,7 +64,7 @@ def test_a_replay_in_float64(case, shape):
     turned = (shape[0] >= shape[1]) != other
     upright = (lambda x: value(x).T) if turned else value
     basis = options.get("basis", "random" if make is sumo else "range")
-    slots, replay, q = rule.init(p), Replay(upright(p), **theirs), None
+    slots, replay, q = rule.init(p), Sumo(upright(p), RANK, **theirs), None
     for t in range(30):
         g = decaying(*shape, seed=100 + t)
         if t % GAP == 0:
@@ -146,9 +93,8 @@ def test_the_first_step_by_hand(shape):
     rule = sumo(RANK, basis="svd", alpha=1.0)
     slots, _ = rule.refresh(g, rule.init(p), Key(0))
     delta, _ = rule.update(g, slots, p, hyper(0.1, 0.5))
-    u, s, vh = np.linalg.svd(value(g), full_matrices=False)
-    scaled = np.concatenate([np.full(RANK, 0.2 * np.sqrt(max(shape))), s[RANK:]])
-    np.testing.assert_allclose(value(delta), -0.1 * u * scaled @ vh - 0.05 * value(p), rtol=0, atol=3e-7)
+    expected = first_delta(value(g), value(p), RANK, 0.1, 0.5)
+    np.testing.assert_allclose(value(delta), expected, rtol=0, atol=3e-7)
 
 
 # what the algorithm promises ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.models import LR, batches, distance, llama
 from helpers.steps import DECAY, EPS, hypers, make, run
+from reference.baselines import AdamW
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -44,16 +45,12 @@ def test_bf16_weights_move_by_adam_in_fp32_and_are_rounded_once():
     model, reference = llama(1).bfloat16(), llama(1).bfloat16()
     step = make(model, loss=mean_loss)
     params = dict(reference.named_parameters())
-    m, v = ({name: torch.zeros_like(p, dtype=torch.float32) for name, p in params.items()} for _ in range(2))
+    replays = {name: AdamW(eps=EPS) for name in params}
     for i in range(3):
         (batch,) = batches(i)
         grads = torch.autograd.grad(mean_loss(reference, batch), list(params.values()))
-        with torch.no_grad():
-            for (name, p), g in zip(params.items(), grads, strict=True):
-                m[name] += 0.1 * (g.float() - m[name])
-                v[name] += 0.001 * (g.float() ** 2 - v[name])
-                move = m[name] / (1 - 0.9 ** (i + 1)) / ((v[name] / (1 - 0.999 ** (i + 1))).sqrt() + EPS)
-                p.copy_(p.float() * (1 - LR * DECAY) - LR * move)
+        for (name, p), g in zip(params.items(), grads, strict=True):
+            p.data.copy_(replays[name].step(p.detach(), g, LR, DECAY))
         step([batch], hypers(i, LR), i)
         for name, p in step.params.items():
             torch.testing.assert_close(p, params[name], rtol=2**-7, atol=0)  # at most one rounding apart

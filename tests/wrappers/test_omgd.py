@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers.masks import DECAY, EPS, KEY, KINDS, LR, everything, hypers, make, named, run
 from helpers.models import batches, distance, graphs, llama, rate
-from torch import Tensor, nn
+from reference.omgd import adamw_by_hand, cycle_of_gradients
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 
@@ -14,7 +15,6 @@ from optimizers.rules.adamw import adamw
 from optimizers.rules.sgd import sgd
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import (
-    Traversal,
     coordinates,
     layers,
     tensors,
@@ -52,9 +52,9 @@ def test_masked_gradients_of_a_cycle_sum_to_those_of_every_mask_and_sample(kind,
         moved, _ = update(optimizer, grads, state, params, one)
         for name in total:
             total[name] += params[name] - moved[name]
+    expected = cycle_of_gradients([gradients(i) for i in range(n)], masks.masks)
     for name, p in total.items():
-        full = sum(gradients(i)[name] for i in range(n))
-        torch.testing.assert_close(p, masks.masks * full, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(p, expected[name].float(), rtol=1e-5, atol=1e-4)
 
 
 # One mask is no mask (c).
@@ -192,27 +192,8 @@ def test_the_scale_is_one_until_the_masks_begin():
 # As their code does it; and LISA (l).
 
 
-def by_hand(model: nn.Module, masks: Traversal, scale: float, steps: int, drop: bool) -> dict[str, Tensor]:
-    """torch.optim.AdamW with gradients switched on and off; `drop` forgets the state of what is switched off."""
-    params = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(params.values(), lr=LR, eps=EPS, weight_decay=DECAY)
-    middle = [[p for name, p in params.items() if f"layers.{i}." in name] for i in range(len(masks.groups.labels))]
-    for step in range(steps):
-        for i, own in enumerate(middle):
-            for p in own:
-                p.requires_grad_(i in masks.active(step))
-                if drop and not p.requires_grad:
-                    optimizer.state.pop(p, None)
-        (data,) = batches(step)
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(data["input_ids"]).flatten(0, 1)
-        cross_entropy(logits, data["targets"].flatten(), ignore_index=-100).backward()
-        for i in masks.active(step):
-            for p in middle[i]:
-                p.grad *= scale
-        optimizer.param_groups[0]["lr"] = rate(step)
-        optimizer.step()
-    return params
+def layer_of(name: str) -> int | None:
+    return int(name.split(".")[2]) if ".layers." in name else None
 
 
 @pytest.mark.parametrize("policy", ["drop", "keep", "offload"])
@@ -224,7 +205,15 @@ def test_steps_are_those_of_torch_with_gradients_switched_on_and_off(replacement
     assert any(set(masks.active(t)) & set(masks.active(t + 2)) for t in range(0, 12, 2)), "some stay at a switch"
     mode = "none" if replacement else "grad"
     step = run(make(model, omgd(everything(params, adamw(eps=EPS)), params, masks, mode, policy)), 0, 13)
-    expected = by_hand(reference, masks, 1.0 if replacement else 2.0, 13, policy == "drop")
+    options = dict(scale=1.0 if replacement else 2.0, steps=13, forget=policy == "drop", eps=EPS, decay=DECAY)
+    expected = dict(reference.double().named_parameters())
+
+    def loss(i: int) -> Tensor:
+        (data,) = batches(i)
+        logits = reference(data["input_ids"]).flatten(0, 1)
+        return cross_entropy(logits, data["targets"].flatten(), ignore_index=-100)
+
+    adamw_by_hand(expected, loss, layer_of, masks.active, rate, **options)
     assert distance(step.params, expected) < 1e-4
 
 
