@@ -42,16 +42,21 @@ def config_of(folder: Path) -> DecoderConfig:
 def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
     """The model in a folder, in evaluation mode; without `dtype` in that of its embedding. Raises ValueError."""
     stored = tensors_of(folder)
-    with torch.device("meta"):
-        model = Decoder(config_of(folder))
-    model.to(dtype or _dtype(stored))
+    model = empty(config_of(folder)).to(dtype or dtype_of(stored))
     check(model, stored, folder)
     model.allocate(device)
     fill(dict(model.named_parameters()), stored)
     return model.eval()
 
 
-def _dtype(stored: Mapping[str, Stored]) -> torch.dtype:
+def empty(config: DecoderConfig) -> Decoder:
+    """A model without memory."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
+def dtype_of(stored: Mapping[str, Stored]) -> torch.dtype:
+    """The dtype of the embedding, as that of the whole."""
     first = stored.get(EMBEDDING) or next(iter(stored.values()))
     return shards.DTYPES.get(first.dtype, torch.float32)
 

@@ -99,7 +99,7 @@ def load_model(folder: Path, device: torch.device, record: dict[str, Any] | None
         return weights.load(folder, device=device)
     try:
         config = LlamaConfig.from_hf(_read_json(folder / CONFIG))
-        if _is_in_products(folder):
+        if in_products(folder):
             saved = load(folder, record)
             tensors = merge(saved.params, saved.state)
         else:
@@ -113,7 +113,7 @@ def load_model(folder: Path, device: torch.device, record: dict[str, Any] | None
     return model.eval()
 
 
-def _is_in_products(folder: Path) -> bool:
+def in_products(folder: Path) -> bool:
     """Does the checkpoint, an old one, keep B Pᵀ of RSO beside the weights? The model's file has it otherwise."""
     if not (folder / OPTIMIZER).is_file() or (folder / WEIGHTS).is_file():
         return False

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import ROOT, TINY, Done, corpus, here
+from helpers.runs import tool as run_tool
 
 from engine.curves import loss_curve
 from engine.terminal.paths import writable
@@ -80,6 +81,14 @@ def said(done, name, codes=(2, 5)):
 def test_out_of_every_recipe(made, recipe, kind):
     before = sorted(p.name for p in made.iterdir())
     said(here(made, f"{recipe} --out {FOLDERS[kind]}"), FOLDERS[kind])
+    assert sorted(p.name for p in made.iterdir()) == before
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_out_of_export(made, kind):
+    before = sorted(p.name for p in made.iterdir())
+    said(run_tool(made, f"tools.export run {FOLDERS[kind]}"), FOLDERS[kind])
     assert sorted(p.name for p in made.iterdir()) == before
 
 

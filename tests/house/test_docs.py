@@ -41,6 +41,7 @@ TINY = {  # what is added to a command, so that it takes a second
     "tools.inspect": "",
     "tools.swap": "",
     "tools.generate": "--max-new-tokens 4",
+    "tools.export": "",
 }
 STEPS = {"--steps": "6", "--train-bpe": "280", "--model": "demo"}  # numbers that are made small wherever they stand
 

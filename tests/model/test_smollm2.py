@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from engine.data.tokenizer import load_tokenizer
 from engine.memory import counted_peak
 from models import weights
+from models.sampling import generate
+from tools.export import Export, export
 from tools.generate import main
 
 FOLDER = Path(os.environ.get("LEANSTEP_SMOLLM2", ""))
@@ -52,3 +54,20 @@ def test_it_knows_the_capital_of_france(capsys: pytest.CaptureFixture[str]) -> N
 def test_starting_takes_no_second_copy(dtype: torch.dtype) -> None:
     held = weights.load(FOLDER, dtype).num_parameters() * dtype.itemsize
     assert held < counted_peak(lambda: weights.load(FOLDER, dtype)) <= 1.05 * held
+
+
+def test_transformers_says_the_same_of_what_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers (the extra hf) is not installed")
+    export(Export(FOLDER, tmp_path / "out", shard_size="100MB"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and tokenizer.chat_template == (FOLDER / "chat_template.jinja").read_text()
+    given = tokenizer("The capital of France is", return_tensors="pt")
+    said = tokenizer.decode(model.float().generate(**given, max_new_tokens=12, do_sample=False)[0])
+    capsys.readouterr()
+    ours = weights.load(tmp_path / "out", torch.float32)
+    ids = load_tokenizer(str(tmp_path / "out")).encode("The capital of France is")
+    new = generate(ours, ids, 12, temperature=0)
+    assert said == tokenizer.decode([*ids, *new])
+    original = weights.load(FOLDER)
+    assert all(p.equal(q.float()) for p, q in zip(ours.parameters(), original.parameters(), strict=True))
