@@ -45,10 +45,11 @@ MATRICES = r"_proj\.weight$"
 RESUMES = "resumes"
 
 
-def small(family: Family[Any]) -> Rule:
-    """The rule with a subspace that fits a small model, if it has one."""
+def small(family: Family[Any], **options: Any) -> Rule:
+    """The rule with these options, and with a subspace that fits a small model, if it has one."""
     given = {"rank": RANK, "update_proj_gap": 4}
-    return family(**{name: given[name] for name in given if name in {f.name for f in fields(family.options)}})
+    known = {field.name for field in fields(family.options)}
+    return family(**{name: value for name, value in given.items() if name in known} | options)
 
 
 # Of the registry, one rule a file: those of one file differ in numbers, not in what they hold and when.
