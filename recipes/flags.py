@@ -26,14 +26,7 @@ def parse(config: Config, args: Sequence[str] | None, program: str, description:
 
     Raises UsageError.
     """
-    words = respelled(config, _typed(args))
-    under = asked(config, words)
-
-    def read(prog: str) -> Any:
-        shown = offered(under)
-        return tyro.cli(type(shown), default=shown, args=words, description=description, prog=prog)
-
-    return settled(ask(read, program), under, words)
+    return settle(config, _typed(args), program, description)
 
 
 def parse_presets(
@@ -42,23 +35,30 @@ def parse_presets(
     """The same, where the first word names one of several configs, each with a line that says what it is. Those that
     train nothing have flags of their own. Raises UsageError."""
     words = _typed(args)
-    name = words[0] if words else ""
-    chosen = presets[name][1] if name in presets else None
-    under = chosen
-    if isinstance(chosen, TrainConfig):
-        words = respelled(chosen, words)
-        under = asked(chosen, words)
+    if words and words[0] in presets:
+        said, config = presets[words[0]]
+        return settle(config, words[1:], program, said, f" {words[0]}")
 
-    def read(prog: str) -> Any:
-        known = {**presets, name: (presets[name][0], under)} if name in presets else presets
-        shown = {
-            one: (said, offered(config) if isinstance(config, TrainConfig) else config)
-            for one, (said, config) in known.items()
-        }
+    def read(prog: str) -> Any:  # which shows the help, or says what is wrong
+        shown = {name: (said, offered(config)) for name, (said, config) in presets.items()}
         return tyro.extras.overridable_config_cli(shown, args=words, description=description, prog=prog)
 
+    return ask(read, program)
+
+
+def settle(config: Any, words: Sequence[str], program: str, description: str | None, preset: str = "") -> Any:
+    """`config` with what the words ask for, under the rule that they name. Raises UsageError."""
+    under = config
+    if isinstance(config, TrainConfig):
+        words = respelled(config, words)
+        under = asked(config, words)
+
+    def read(prog: str) -> Any:
+        shown = offered(under)
+        return tyro.cli(type(shown), default=shown, args=words, description=description, prog=prog + preset)
+
     found = ask(read, program)
-    return settled(found, under, words) if isinstance(under, TrainConfig) else found
+    return chosen(found, under, words) if isinstance(under, TrainConfig) else found
 
 
 def _typed(args: Sequence[str] | None) -> list[str]:
@@ -121,8 +121,10 @@ def _options(config: TrainConfig, family: Family[Any]) -> set[str]:
     return {config.flag_of(f.name) for f in dataclasses.fields(family.options)}
 
 
-def offered(config: TrainConfig) -> Any:
-    """`config` as an instance of a class in which the types of `optimizer` and `options` are known."""
+def offered(config: Any) -> Any:
+    """`config` as an instance of a class in which the types of `optimizer` and `options` are known, if it has them."""
+    if not isinstance(config, TrainConfig):
+        return config
     names: Any = Literal[tuple(config.rules())]
     options = _offered(config)
     shown: list[tuple[str, Any, Any]] = [
@@ -155,7 +157,7 @@ def _values(instance: Any) -> dict[str, Any]:
     return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
 
 
-def settled(found: Any, before: Config, words: Sequence[str]) -> Config:
+def chosen(found: Any, before: Config, words: Sequence[str]) -> Config:
     """What was parsed, in the classes of `before`, which was what it began with. Raises UsageError where an option was
     given that changes nothing beside the others."""
     values = {f.name: getattr(found, f.name) for f in dataclasses.fields(before)}

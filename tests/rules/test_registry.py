@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from optimizers import registry
 from optimizers.contract import Kind, Rule, UsageError
 from optimizers.registry import RULES, rule
 from optimizers.wrappers.omgd import gathered, scaled
 from optimizers.wrappers.rso import subspace
+from tests import rule_table
 
 
 def small(name: str) -> Rule:
@@ -75,3 +77,23 @@ def test_an_unknown_rule_or_option_is_named():
         rule("adam")
     with pytest.raises(UsageError, match="sgd: .*'beta'.* its options are momentum, nesterov"):
         rule("sgd", beta=0.9)
+
+
+def test_the_table_in_the_docs_is_the_registrys():
+    text = rule_table.PAGE.read_text(encoding="utf-8")
+    assert rule_table.page(text) == text, rule_table.WHEN_STALE
+    assert all(f"\n| {name} | " in text for name in RULES)
+
+
+def test_a_stale_table_would_be_seen(monkeypatch):
+    text = rule_table.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setitem(RULES, "another", RULES["sgd"])
+    assert rule_table.page(text) != text
+
+
+def test_two_rules_of_a_name_and_a_file_without_any_are_refused(monkeypatch):
+    monkeypatch.setattr(registry, "FILES", ("sgd", "sgd"))
+    with pytest.raises(ImportError, match="a rule 'sgd' is in optimizers.rules.sgd"):
+        registry.registered()
+    with pytest.raises(ImportError, match="makes no Family"):
+        registry.families("__init__")
