@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import DecoderConfig
 from .layers import MLP, Attention, Block, Cache, Linear, RMSNorm
+from .packed import Documents, documents_of
 from .rope import Rotary
 from .segment import IGNORED, Batch, Segment
 
@@ -49,10 +50,12 @@ class Stack(nn.Module):
         )
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, caches: list[Cache] | None = None, documents: Documents | None = None
+    ) -> Tensor:
         x = self.embed_tokens(input_ids)
         for i, block in enumerate(self.layers):
-            x = block(x, None if caches is None else caches[i])
+            x = block(x, None if caches is None else caches[i], documents)
         return self.norm(x)
 
 
@@ -119,9 +122,12 @@ class Decoder(nn.Module):
         """Normed hidden states (..., C) -> logits (..., V), in x's dtype."""
         return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
-    def forward(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        """input_ids (B, T) int64 -> logits (B, T, V). With `caches`, the tokens continue those already in them."""
-        return self.logits(self.model(input_ids, caches))
+    def forward(
+        self, input_ids: Tensor, caches: list[Cache] | None = None, documents: Documents | None = None
+    ) -> Tensor:
+        """input_ids (B, T) int64 -> logits (B, T, V). With `caches`, the tokens continue those already in them; with
+        `documents`, each sees its own document only."""
+        return self.logits(self.model(input_ids, caches, documents))
 
     def loss(self, input_ids: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
         """Mean cross entropy over targets that are not -100, 0-d float32; input_ids and targets (B, T) int64.
@@ -161,8 +167,8 @@ def embed(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
 
 
 def block(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
-    """One layer: (B, T, C) -> (B, T, C)."""
-    return module(x)
+    """One layer: (B, T, C) -> (B, T, C); where the batch says "documents" and "positions", none sees another."""
+    return module(x, None, documents_of(batch))
 
 
 def summed_loss(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .packed import Documents, attend
 from .rope import Rotary
 
 
@@ -197,7 +198,8 @@ class Attention(nn.Module):
         self.q_norm = None if norm is None else RMSNorm(self.head_size, norm)
         self.k_norm = None if norm is None else RMSNorm(self.head_size, norm)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
+        """`documents` says which tokens see each other and where they stand; not together with a cache."""
         q, k, v = (
             rearrange(project(x), "b t (h d) -> b h t d", d=self.head_size)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -206,7 +208,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         start = 0 if cache is None else cache.length
         if self.rotary is not None:
-            q, k = self.rotary(q, start), self.rotary(k, start)
+            at = start if documents is None else documents.position
+            q, k = self.rotary(q, at), self.rotary(k, at)
+        if documents is not None:
+            y = attend(q, k, v, documents, self.window, self.grouped)
+            return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
         mask = self._mask(x, start, cache is not None)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -247,6 +253,6 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(hidden_size, eps)
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cache)
+    def forward(self, x: Tensor, cache: Cache | None = None, documents: Documents | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cache, documents)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -64,14 +64,20 @@ class Rotary(nn.Module):
         self.fill(fn(self.cos).device)
         return self
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Rotate x (B, heads, T, D) whose first token stands at position `start`, in float32; returns x's dtype."""
-        stop = start + x.shape[-2]
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Rotate x (B, heads, T, D) whose first token stands at position `start`, in float32; returns x's dtype.
+
+        A tensor (B, T) holds the position of every token; the caller guarantees that they are below T.
+        """
+        stop = x.shape[-2] + (start if isinstance(start, int) else 0)
         if stop > self.positions:
             raise ValueError(
                 f"sequence: got {stop} tokens, expected at most max_position_embeddings = {self.positions}; "
                 "shorten the sequence or build the model with more positions"
             )
-        cos, sin = self.cos[start:stop], self.sin[start:stop]
+        if isinstance(start, int):
+            cos, sin = self.cos[start:stop], self.sin[start:stop]
+        else:
+            cos, sin = self.cos[start].unsqueeze(1), self.sin[start].unsqueeze(1)
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

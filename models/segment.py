@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-Batch = dict[str, Tensor]  # of a language model "input_ids" and "targets", int64 (B, T); targets are already shifted
+# Of a language model "input_ids" and "targets", int64 (B, T); targets are already shifted. Where rows hold several
+# documents, "documents" numbers them and "positions" counts in each, int64 (B, T) both. Where most targets are IGNORED,
+# "supervised" (B, k) holds the places in each row of those that are not, filled up with places of some that are.
+Batch = dict[str, Tensor]
 Loss = tuple[Tensor, Tensor | int | float]  # the sum of a loss, 0-d, and how many targets it is the sum over
 IGNORED = -100  # a target with this value is not predicted, and does not count
 

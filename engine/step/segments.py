@@ -23,6 +23,8 @@ from . import templates
 from .observer import Observer
 from .randomness import Draws
 
+SUPERVISED = "supervised"  # the field of a batch that says which tokens have targets
+
 Objective = Callable[[nn.Module, Batch], Tensor | Loss]
 Compiler = Callable[["Forward"], "Forward"]
 
@@ -150,6 +152,7 @@ class Chain:
     ) -> Tensor | Loss:
         """The forward reads a copy of what is state: its backward may read it too, when the buffers have moved on."""
         own, part = {own: params[full] for own, full in self.segments[i].names.items()}, "backward"
+        batch = {name: t for name, t in batch.items() if name != SUPERVISED}  # its shape changes, no segment's does
         state = again
         if state is None:
             state, part = self.copied(i), "forward"
@@ -225,10 +228,10 @@ class Chain:
 
     def _sliced(self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor) -> Head:
         assert x is not None
-        flat, rows = x.detach().flatten(0, -2), _by_token(batch)
+        flat, rows, places = _selected(x.detach(), batch)
         total, gx, grads, seen = torch.zeros_like(scale), torch.empty_like(flat), Params(), torch.zeros_like(scale)
         count: Tensor | None = None
-        for part in self.slices(len(flat)):
+        for part in self._parts(len(flat), x, places):
             piece = flat[part].requires_grad_()
             loss, count = self._loss(params, piece, {**batch, **{name: t[part] for name, t in rows.items()}})
             factor = scale if count is None else torch.ones_like(scale)
@@ -239,7 +242,7 @@ class Chain:
             total += loss.detach() * factor
             if count is not None:
                 seen += count
-        return Head(total, None if count is None else seen, gx.view_as(x), grads)
+        return Head(total, None if count is None else seen, _put_back(gx, x, places), grads)
 
     @torch.no_grad()
     def loss(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -261,13 +264,22 @@ class Chain:
         if x is None or not self._slicing(x):
             loss, count = self._loss(params, x, batch)
             return loss, torch.ones_like(loss) if count is None else count
-        flat, rows = x.flatten(0, -2), _by_token(batch)
+        flat, rows, places = _selected(x, batch)
         found = [
             self._loss(params, flat[part], {**batch, **{name: t[part] for name, t in rows.items()}})
-            for part in self.slices(len(flat))
+            for part in self._parts(len(flat), x, places)
         ]
         counts = [count for _, count in found if count is not None]
         return torch.stack([loss for loss, _ in found]).sum(), torch.stack(counts).sum() if counts else valid([batch])
+
+    def _parts(self, tokens: int, x: Tensor, places: Tensor | None) -> list[slice]:
+        """range(tokens) cut for the head. Where they are selected from those of x, slices have one size whatever their
+        number: `tokens` is then a multiple of an eighth of x's, or all that is cut is cut alike."""
+        unit = x.shape[:-1].numel() // 8
+        if places is None or not unit or tokens % unit:
+            return self.slices(tokens)
+        inner = self.slices(unit)
+        return [slice(at + i.start, at + i.stop) for at in range(0, tokens, unit) for i in inner]
 
     def slices(self, tokens: int) -> list[slice]:
         """range(tokens) cut so that a slice has at most `logits` logits: equal slices where a nearby count allows it,
@@ -297,6 +309,24 @@ def _by_token(batch: Batch) -> Batch:
     """The fields that say something of each token, flattened: those whose shape begins as that of the targets."""
     shape = batch["targets"].shape
     return {name: t.flatten(0, len(shape) - 1) for name, t in batch.items() if t.shape[: len(shape)] == shape}
+
+
+def _selected(x: Tensor, batch: Batch) -> tuple[Tensor, Batch, Tensor | None]:
+    """Tokens (N, C) of x (..., C) for the head, the fields that say something of each, and which they are.
+
+    They are all tokens (None); or, where the batch says which are supervised (B, k), of x (B, T, C) those.
+    """
+    fields = _by_token(batch)
+    if SUPERVISED not in batch:
+        return x.flatten(0, -2), fields, None
+    offsets = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    places = (batch[SUPERVISED] + offsets).flatten()
+    return x.flatten(0, -2)[places], {name: t[places] for name, t in fields.items() if name != SUPERVISED}, places
+
+
+def _put_back(g: Tensor, x: Tensor, places: Tensor | None) -> Tensor:
+    """Gradients (N, C) of what `_selected` took from x, as a gradient of x."""
+    return g.view_as(x) if places is None else torch.zeros_like(x).flatten(0, -2).index_copy_(0, places, g).view_as(x)
 
 
 def _state_names(segment: Segment) -> dict[str, str]:

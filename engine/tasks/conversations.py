@@ -1,0 +1,111 @@
+"""Fine-tuning on conversations: predict the tokens of answers, in packed rows of whole examples."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.contract import UsageError
+from optimizers.random import fold
+
+from ..data.chat.packing import Longer, Packed
+from ..data.chat.reader import Examples
+from ..step.segments import Batch, Segment, cut
+from ..task import Task
+from .language import MOST
+
+
+def blank(rows: int, sequence: int) -> Batch:
+    """A batch of the task's shapes and dtypes, on the current device, that says nothing: what a plan needs of it.
+
+    All of its targets are supervised, as in the largest batch that there can be.
+    """
+    names = ("input_ids", "targets", "positions", "documents", "supervised")
+    return {name: torch.zeros(rows, sequence, dtype=torch.int64) for name in names}
+
+
+class ConversationTask(Task):
+    """Rows of `sequence` tokens that hold whole examples of a prepared folder, in a new pseudo-random order each epoch.
+
+    The loss is the mean cross-entropy of a trained token, in nats, over all that a step holds. Evaluation reads
+    `eval_rows` rows of the held-out examples, evenly spaced, or all. `config` is the model's in Hugging Face form.
+    """
+
+    unit = "tokens"
+    loss_unit = "nats per trained token"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        held_out: Examples,
+        sequence: int,
+        *,
+        config: Mapping[str, Any],
+        seed: int = 0,
+        align: int = 1,
+        eval_rows: int | None = None,
+        longer: Longer = "refuse",
+        pack: bool = True,
+    ) -> None:
+        """`longer`: what becomes of examples longer than the sequence; `pack`: several examples a row; `align`: rows of
+        a step, where epochs must be whole steps. Raises UsageError for an example that does not fit, and for a model
+        whose vocabulary is smaller than the tokenizer's."""
+        if (known := config.get("vocab_size", examples.vocab_size)) < examples.vocab_size:
+            raise UsageError(
+                f"vocabulary: got a model of {known:,} tokens, expected the tokenizer's {examples.vocab_size:,} at "
+                "least; prepare the examples with the checkpoint's own tokenizer"
+            )
+        self.model, self.sequence, self.seed, self.align = model, sequence, seed, align
+        self.eval_rows, self.longer, self.pack, self._config = eval_rows, longer, pack, dict(config)
+        self.train = Packed(examples, sequence, fold(seed, "data"), align, longer=longer, pack=pack)
+        self.held_out = Packed(held_out, sequence, longer=longer, pack=pack)
+        self.rows = len(self.train.rows)
+
+    def segments(self) -> Sequence[Segment]:
+        return cut(self.model)
+
+    def batch(self, position: int, count: int) -> Batch:
+        return self.train.batch(position, count)
+
+    def evaluation(self, count: int) -> Iterator[Batch]:
+        return self.held_out.evaluation(count, self.eval_rows)
+
+    def fingerprint(self) -> dict[str, Any]:
+        examples = self.train.examples
+        return {
+            "data": examples.fingerprint,
+            "tokenizer": examples.tokenizer,
+            "sequence": self.sequence,
+            "longer": self.longer,
+            "pack": self.pack,
+            "seed": self.seed,
+        }
+
+    def units(self, rows: int) -> int:
+        return rows * self.sequence
+
+    def report(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        found = super().report(sums)
+        return {**found, "perplexity": math.exp(min(found["loss"], MOST))}
+
+    def shown(self, metrics: Mapping[str, float]) -> str:
+        return super().shown({"loss": metrics["loss"]})
+
+    def model_config(self) -> dict[str, Any]:
+        return self._config
+
+    def in_words(self) -> list[str]:
+        """What a user should know of the examples before the first step, a line each."""
+        lines = [self.train.examples.format]
+        for name, packed in (("train", self.train), ("held out", self.held_out)):
+            trained = packed.examples.trained.sum() / packed.examples.sizes.sum()
+            lines.append(
+                f"{name}: {len(packed.fit.kept):,} examples in {len(packed.rows):,} rows of {self.sequence:,} tokens, "
+                f"{packed.filled:.1%} of them filled, {trained:.1%} of what fills them trained"
+            )
+            if line := packed.fit.in_words(self.sequence):
+                lines.append(f"{name}: {line}")
+        return lines

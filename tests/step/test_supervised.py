@@ -1,0 +1,112 @@
+"""Targets that are IGNORED: they weigh nothing over micro-batches, and where the batch says so never reach the head."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import VOCABULARY, distance, graphs, llama
+from helpers.steps import hypers, make
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from engine.data import IGNORED
+from engine.data.chat.packing import supervised
+from engine.step.segments import Chain, cut
+from engine.step.step import Step
+
+Batch = dict[str, Tensor]
+
+
+def masked(step: int, rows: int = 4) -> Batch:
+    """Rows of 16 tokens, with very different numbers of targets that count."""
+    draw = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCABULARY, (rows, 17), generator=draw)
+    targets = tokens[:, 1:].clone()
+    for row in range(rows):
+        targets[row, torch.randperm(16, generator=draw)[: (15, 13, 9, 0)[row % 4]]] = IGNORED
+    return {"input_ids": tokens[:, :-1].contiguous(), "targets": targets}
+
+
+def told(batch: Batch) -> Batch:
+    return {**batch, "supervised": torch.from_numpy(supervised(batch["targets"].numpy()))}
+
+
+def parts(batch: Batch, rows: int) -> list[Batch]:
+    count = len(batch["targets"])
+    return [{name: t[i : i + rows] for name, t in batch.items()} for i in range(0, count, rows)]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tell", [False, True])
+def test_accumulation_over_unequal_masks_is_one_batch(recompute: bool, tell: bool) -> None:
+    found = []
+    for rows in (4, 1):
+        step = make(llama(), recompute=recompute)
+        losses = []
+        for i in range(3):
+            micro = parts(masked(i), rows)
+            losses.append(step([told(b) for b in micro] if tell else micro, hypers(i), i).loss.item())
+        found.append((step.params, losses))
+    assert distance(found[0][0], found[1][0]) < 1e-6
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("logits", [VOCABULARY * 3, 2**24])
+def test_what_is_left_out_of_the_head_changes_nothing(recompute: bool, accumulation: int, logits: int) -> None:
+    found = []
+    for tell in (False, True):
+        step = make(llama(tied=True), recompute=recompute, logits=logits)
+        for i in range(3):
+            micro = parts(masked(i), 4 // accumulation)
+            result = step([told(b) for b in micro] if tell else micro, hypers(i), i)
+        found.append((step.params, result.loss.item(), result.norm.item()))
+    assert distance(found[0][0], found[1][0]) < 1e-6
+    np.testing.assert_allclose(found[0][1:], found[1][1:], rtol=1e-6)
+
+
+def rows_of_the_head(step: Step, batch: Batch) -> int:
+    """Tokens that the output matrix is multiplied with, forward, in a step."""
+    counted = []
+
+    class Counting(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if function is torch.nn.functional.linear and arguments[1].shape[0] == VOCABULARY:
+                counted.append(arguments[0].shape[:-1].numel())
+            return function(*arguments, **(options or {}))
+
+    with Counting():
+        step([batch], hypers(0), 0)
+    return sum(counted)
+
+
+def test_the_output_matrix_sees_supervised_tokens_only() -> None:
+    batch = masked(0)
+    batch["targets"][3, 4:] = IGNORED
+    assert rows_of_the_head(make(llama()), batch) == 4 * 16
+    told_ = told(batch)
+    assert told_["supervised"].shape == (4, 8), "the fullest row has 7; an eighth of 16 is 2"
+    assert rows_of_the_head(make(llama()), told_) == 4 * 8
+
+
+def test_evaluation_sees_them_only_and_finds_the_same() -> None:
+    model = llama()
+    chain, params = Chain(cut(model), logits=VOCABULARY * 8), dict(model.named_parameters())
+    loss, count = chain.loss(params, masked(1))
+    told_loss, told_count = chain.loss(params, told(masked(1)))
+    torch.testing.assert_close(told_loss, loss)
+    assert told_count == count == (masked(1)["targets"] != IGNORED).sum()
+
+
+@pytest.mark.compiles
+def test_any_number_of_supervised_tokens_is_one_graph(traced) -> None:
+    step = make(llama(1), mode="segments", logits=2**24)
+    torch._dynamo.reset()
+    counters.clear()
+    numbers, shapes = [], set()
+    for i in range(5):
+        batch = told({name: t[: 1 + i % 4 :][-1:].repeat(2, 1) for name, t in masked(i).items()})
+        shapes.add(batch["supervised"].shape)
+        step([batch], hypers(0), i)
+        numbers.append(graphs())
+    assert len(shapes) > 2 and numbers[0] == numbers[-1] == 6
