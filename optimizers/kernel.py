@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .apply import Bound, move
+from .apply import Bound, move, rebuild
 from .contract import Hyper, Rule, Slots
+from .random import Key, word
 
 Kernel = Callable[[Sequence[Tensor], Sequence[Slots], Sequence[Tensor], Sequence[Hyper], Tensor, Tensor | None], Tensor]
 
@@ -44,3 +45,21 @@ def make_kernel(rules: Sequence[Rule], clip: Bound = "none") -> Kernel:
         return torch.stack(squares)
 
     return kernel
+
+
+def rebuild_in_place(
+    rule: Rule, name: str, g: Tensor, slots: Slots, step: int, key: Key, only_missing: bool = False
+) -> Tensor:
+    """`rebuild`, its results written into `slots`; returns whether the gradient was usable."""
+    new, ok = rebuild(rule, name, g, slots, step, key, only_missing)
+    for slot, value in new.items():
+        if value is not slots[slot]:
+            slots[slot].copy_(value)
+    return ok
+
+
+def seeds(key: Key, names: Sequence[str], step: int, device: torch.device) -> Tensor:
+    """Of stochastic rounding, (len(names),) int32: for each tensor and step another one, and no pattern returns."""
+    words = [word(key, "rounding", name, step) for name in names]
+    host = torch.tensor(words, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

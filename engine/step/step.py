@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optimizers.apply import Bound, rebuild
+from optimizers.apply import Bound
 from optimizers.compile import compiled
 from optimizers.contract import Hyper, Optimizer, Params, State, UsageError, bare, part
-from optimizers.kernel import Kernel, make_kernel
+from optimizers.kernel import Kernel, make_kernel, rebuild_in_place, seeds
 from optimizers.missing import Missing
-from optimizers.random import Key, fold, word
+from optimizers.random import Key, fold
 
 from . import backward
 from .observer import Observer
@@ -235,10 +235,7 @@ class _Update:
             if name in self.due or name in self.missing:
                 rule, missing = self.step.optimizer.owner[name].rule, name not in self.due
                 with self.step.observer.doing("refresh", "refresh"):
-                    slots, ok = rebuild(rule, name, g, state[name], self.count, self.step.key, missing)
-                for slot, value in slots.items():
-                    if value is not state[name][slot]:
-                        state[name][slot].copy_(value)
+                    ok = rebuild_in_place(rule, name, g, state[name], self.count, self.step.key, missing)
                 if name in self.due:
                     self.refreshed.append(ok)
                 if name in self.missing:
@@ -252,12 +249,10 @@ class _Update:
         self.squares.append((tuple(grads), squares))
 
     def _seeds(self, names: Sequence[str]) -> Tensor | None:
-        """Of stochastic rounding, (len(names),) int32: for each tensor and step another one, and no pattern returns."""
+        """Of stochastic rounding, where it is asked for."""
         if not self.step.stochastic_rounding:
             return None
-        words = [word(self.step.key, "rounding", name, self.count) for name in names]
-        host = torch.tensor(words, dtype=torch.int32, pin_memory=self.step.device.type == "cuda")
-        return host.to(self.step.device, non_blocking=True)
+        return seeds(self.step.key, names, self.count, self.step.device)
 
 
 def _is_parameter(p: Tensor) -> bool:

@@ -1,0 +1,159 @@
+"""What a plugged-in optimizer is checked against: its groups, its parameters, and a state that is loaded into it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import Rule, Slots, State, UsageError, state_bytes, total_bytes
+from .groups import Groups, rule_of
+from .registry import RULES
+from .routing import check_sharded, flattened
+
+
+def check_groups(
+    groups: Groups, rules: Sequence[Rule], shapes: Mapping[str, torch.Size], refused: Mapping[str, str]
+) -> None:
+    """Raises UsageError where a group asks for what is not honoured, or its parameters are no more what they were."""
+    known = options()
+    for group, rule in zip(groups, rules, strict=True):
+        for flag, instead in refused.items():
+            if group.get(flag):
+                raise UsageError(f"{flag}: got {group[flag]!r}, expected False: {instead}")
+        if odd := sorted(key for key in group if key in known):
+            raise UsageError(
+                f"group {group['name']!r}: got the option {odd[0]!r} after the optimizer was made, when nothing reads "
+                "it any more; give it when making the optimizer, or in add_param_group"
+            )
+        if rule_of(group) is not rule:
+            raise UsageError(f"group {group['name']!r}: its rule or options were changed; make a new optimizer instead")
+        if not float(group["lr"] if not isinstance(group["lr"], Tensor) else 0) >= 0:
+            raise UsageError(f"group {group['name']!r}: lr must be at least 0, got {group['lr']}")
+        if len(group["params"]) != len(group["param_names"]):
+            raise UsageError(
+                f"group {group['name']!r}: got {len(group['params'])} tensors for {len(group['param_names'])} names: "
+                "they look flattened into one, as DeepSpeed's ZeRO does it; use DDP"
+            )
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            if p.shape != shapes[name]:
+                raise UsageError(flattened(name, p, f"{tuple(shapes[name])}, as when the optimizer was made"))
+            check_sharded(name, p)
+
+
+def options() -> frozenset[str]:
+    """The names of the options of all rules."""
+    return frozenset(name for family in RULES.values() for name in vars(family.options)["__dataclass_fields__"])
+
+
+def check_owned(state: Mapping[Any, Any], names: Mapping[Tensor, str]) -> None:
+    """Raises UsageError for state of a parameter that is in no group, and for a parameter without state."""
+    if any(p not in names for p in state):
+        raise UsageError(
+            "state: got that of a parameter which is in no group: a host has put other tensors in the groups, as "
+            "FSDP2's prepare does, and left the state behind; make the optimizer after the model is wrapped"
+        )
+    if lost := [name for p, name in names.items() if p not in state]:
+        raise UsageError(
+            f"{lost[0]}: has no state: a host has put other tensors in the groups or cleared the state; make the "
+            "optimizer after the model is wrapped"
+        )
+
+
+def check_state(given: Mapping[str, Slots], expected: State) -> None:
+    """Raises UsageError unless names, slots, shapes and dtypes are the same."""
+    if odd := sorted(given.keys() ^ expected.keys()):
+        which = "nothing for" if odd[0] in expected else "the unknown"
+        raise UsageError(f"state: got {which} {odd[0]!r}; it is of {len(given)} parameters, expected {len(expected)}")
+    for name, slots in expected.items():
+        wanted = {slot: (tuple(t.shape), t.dtype) for slot, t in slots.items()}
+        got = {slot: (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else type(t) for slot, t in given[name].items()}
+        if wanted != got:
+            raise UsageError(
+                f"state of {name}: got {got}, expected {wanted}; make the optimizer with the rule, the options and the "
+                "parameters that the state was saved with"
+            )
+
+
+def copy_slots(mine: Slots, given: Slots) -> None:
+    """Write one parameter's slots into those that are there, whatever device they come from."""
+    for slot, t in mine.items():
+        if t is not given[slot]:
+            t.copy_(given[slot])
+
+
+def follow(slots: Slots, p: Tensor) -> None:
+    """Bring slots to the device of their parameter, which a host may have moved since they were made."""
+    for slot, t in slots.items():
+        if t.device != p.device:
+            slots[slot] = t.to(p.device)
+
+
+def matched(saved: Mapping[str, Any], groups: Groups) -> tuple[State, Groups]:
+    """A state dict of torch's form as (state by name, what its groups say beside their parameters).
+
+    Names are those of `groups`. Raises UsageError where it has other groups, rules or options.
+    """
+    theirs = saved["param_groups"]
+    sizes = [len(group["params"]) for group in theirs]
+    if sizes != (mine := [len(group["params"]) for group in groups]):
+        raise UsageError(f"state dict: got groups of {sizes} parameters, expected {mine}")
+    state: State = {}
+    said: Groups = []
+    for own, group in zip(groups, theirs, strict=True):
+        if "rule" not in group or "options" not in group or "count" not in group:
+            raise UsageError(
+                f"state dict: got a group with the keys {sorted(map(str, group))}, expected rule, options and count: "
+                "it was saved by another optimizer"
+            )
+        rule, other = rule_of(own), rule_of(group)
+        if rule is not other or own["added"] != group["added"]:
+            raise UsageError(
+                f"state dict: group {own['name']!r} was saved with {group['rule']} {group['options']}, expected "
+                f"{own['rule']} {own['options']}; make the optimizer with the options that it was saved with"
+            )
+        names, places = own["param_names"], group.get("param_names", own["param_names"])
+        if set(names) != set(places):
+            places = names  # other names for the same parameters, in the same order
+        for name, number in zip(places, group["params"], strict=True):
+            if number in saved["state"]:
+                state[name] = dict(saved["state"][number])
+            elif not rule.slots:
+                state[name] = {}
+        kept = ("params", "param_names", "rule", "options")
+        said.append({key: value for key, value in group.items() if key not in kept})
+    known = {number for group in theirs for number in group["params"]}
+    if odd := [number for number in saved["state"] if number not in known]:
+        raise UsageError(f"state dict: got state of a parameter {odd[0]!r} which is in none of its groups")
+    return state, said
+
+
+def receipt(groups: Groups, state: State, left: Mapping[str, Tensor]) -> str:
+    """A table as text: who trains what, why, at which rate, and what the state takes."""
+    rows = [("group", "rule", "tensors", "elements", "state MiB", "lr", "decay", "why")]
+    for group in groups:
+        named = dict(zip(group["param_names"], group["params"], strict=True))
+        rank = group["options"].get("rank")
+        rows.append(
+            (
+                group["name"],
+                group["rule"] + (f" rank {rank}" if rank is not None else ""),
+                str(len(named)),
+                f"{sum(p.numel() for p in named.values()):,}",
+                f"{sum(state_bytes(state[name]) for name in named) / 2**20:.2f}",
+                f"{float(group['lr']):g}",
+                f"{float(group['weight_decay']):g}",
+                f"{group['why']}: {_few(named)}",
+            )
+        )
+    if left:
+        size = f"{sum(p.numel() for p in left.values()):,}"
+        rows.append(("frozen", "-", str(len(left)), size, "0.00", "-", "-", f"no gradient asked for: {_few(left)}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = ["  ".join([*map(str.ljust, row[:-1], widths), row[-1]]) for row in rows]
+    return "\n".join([*lines, f"state {total_bytes(state) / 2**20:.2f} MiB"])
+
+
+def _few(names: Iterable[str]) -> str:
+    some = list(names)
+    return ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")

@@ -1,0 +1,378 @@
+"""Every registered rule as a `torch.optim.Optimizer`, for loops that are there already.
+
+    from optimizers import torch_optim
+
+    opt = torch_optim.SUMO(model.named_parameters(), lr=2e-3, rank=64)      any rule by its name, in any case
+    opt = torch_optim.optimizer("sumo")(model, lr=2e-3, rank=64)            the same
+    print(opt.receipt())                                                    who trains what
+
+It moves tensors by the engine's kernel, compiled or not: there is no second implementation, and a rule that is added to
+the registry is here too. What it does not have is the engine's order: all gradients exist before `step`, so the memory
+that segments save is not saved here.
+
+    state        opt.state[p] = {slot: tensor}, made with the optimizer; saved with state_dict(), dtypes as they are
+    clock        group["count"], the steps that were taken; every draw is a function of it, the seed and a name
+    settings     group["rule"], group["options"]; lr and weight_decay are read from the group at every step
+"""
+
+import dataclasses
+import re
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import plugged
+from .compile import compiled
+from .contract import Family, Group, Hyper, Optimizer, Params, Rule, Slots, State, UsageError
+from .groups import Given, Groups, Wanted, groups_from, rule_of
+from .kernel import Kernel, make_kernel, rebuild_in_place, seeds
+from .missing import Missing
+from .partition import partition
+from .random import Key, fold
+from .registry import RULES
+from .routing import block
+
+REFUSED = {
+    "foreach": "updates are one kernel a layer; give compile=True for speed",
+    "fused": "give compile=True: the update of a layer is then one kernel",
+    "capturable": "the clock lives on the host; give compile=True instead of capturing a graph",
+    "differentiable": "an update writes in place and is not recorded",
+}
+
+
+class Moving(NamedTuple):
+    """A parameter that moves in this step."""
+
+    name: str
+    p: Tensor
+    g: Tensor
+    slots: Slots
+    rule: Rule
+    hyper: Hyper
+
+
+class Layer(NamedTuple):
+    """What parameters that are updated by one kernel have in common."""
+
+    name: str
+    device: torch.device
+    key: Key
+    rounding: bool
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """One rule on the matrices, another on the rest; the base of all classes here."""
+
+    family: ClassVar[Family[Any]]
+
+    def __init__(
+        self,
+        params: Given,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        rest: str = "adamw",
+        rest_lr: float | Tensor | None = None,
+        rest_options: Mapping[str, Any] | None = None,
+        match: Sequence[str] = (),
+        seed: int = 0,
+        stagger: bool = True,
+        stochastic_rounding: bool = False,
+        compile: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        **options: Any,
+    ) -> None:
+        """`params`: a model, its `named_parameters()`, or groups of them; `options` are those of the rule.
+
+        A rule that moves every entry by itself trains all of them. Any other trains matrices, or what the regular
+        expressions in `match` find in a name; embeddings, norms, head and vectors go to the rule `rest`, at `rest_lr`
+        where that is given, norms and vectors without decay. So one group may become several, each with one rule. A
+        group with "rule", or with an option such as "rank", is that rule's as a whole. Parameters that require no
+        gradient are left out; where they are to train later, use `add_param_group`.
+
+        `seed` is that of all draws; `stagger` rebuilds bases a few tensors a step; `stochastic_rounding` is for
+        bfloat16 parameters. Raises UsageError (a ValueError) for what is not honoured, a rank above a side, missing
+        names and flattened matrices.
+        """
+        given = {"rest": rest, "rest_lr": rest_lr, "rest_options": dict(rest_options or {}), "match": tuple(match)}
+        self._given: dict[str, Any] = {"options": options, **given}
+        self._stagger, self._compile = stagger, compile
+        self._left: dict[str, weakref.ref[Tensor]] = {}
+        self._started = False
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach, "fused": fused}
+        defaults |= {"capturable": capturable, "differentiable": differentiable, "seed": seed}
+        super().__init__(self._prepared(params), {**defaults, "stochastic_rounding": stochastic_rounding})
+        self._started = True
+        self._assemble()
+        self._fill(0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters from now on, routed as those before; they count their steps from here."""
+        if not self._started:
+            super().add_param_group(param_group)
+            return
+        added = 1 + max(group["added"] for group in self.param_groups)
+        for group in self._prepared([param_group], added):
+            super().add_param_group(group)
+        self._assemble()
+        self._fill(added)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient, and return what `closure` returned, if there is one.
+
+        Where every learning rate is 0 and every gradient too, nothing happens: no clock advances and nothing is drawn.
+        Raises UsageError where the parameters are not those that the optimizer was made for.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check()
+        if self._idle():
+            return loss
+        for added, optimizer in self._optimizers.items():
+            self._step(added, optimizer)
+        return loss
+
+    def receipt(self) -> str:
+        """Who trains what: a line a group, and what the state takes."""
+        left = {name: p for name, ref in self._left.items() if (p := ref()) is not None}
+        return plugged.receipt(self.param_groups, self.named_state(), left)
+
+    def named_state(self) -> State:
+        """The state by the names of the parameters, as the engine keeps it; the tensors are those of the optimizer."""
+        return {name: self.state[p] for group in self.param_groups for name, p in _named(group)}
+
+    @torch.no_grad()
+    def load_named_state(self, state: Mapping[str, Slots], count: int) -> None:
+        """Copy a state of the engine, as it stands once `count` steps are done, into this optimizer, bit by bit.
+
+        Raises UsageError, having copied nothing, where names, slots, shapes or dtypes differ.
+        """
+        plugged.check_state(state, self._expected())
+        for name, slots in self.named_state().items():
+            plugged.copy_slots(slots, state[name])
+        for group in self.param_groups:
+            group["count"] = count
+        self._assemble()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave, back: torch's own would cast every slot to the parameter's dtype.
+
+        Parameters are found by name where both sides have names, else by place. Raises UsageError, having changed
+        nothing, where groups, rules, slots, shapes or dtypes differ.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        saved, groups = plugged.matched(state_dict, self.param_groups)
+        plugged.check_state(saved, self._expected())
+        for group, new in zip(self.param_groups, groups, strict=True):
+            group.update(new)
+        for name, slots in self.named_state().items():
+            plugged.copy_slots(slots, saved[name])
+        self._assemble()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All that is not made from it; what a parameter needs to be found again, if it was frozen, does not come."""
+        own = {"_given": self._given, "_stagger": self._stagger, "_compile": self._compile, "_started": True}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_left", {})
+        self.__dict__.setdefault("_optimizer_load_state_dict_pre_hooks", {})
+        self.__dict__.setdefault("_optimizer_load_state_dict_post_hooks", {})
+        self._assemble()
+
+    def _prepared(self, params: Given, added: int = 0) -> Groups:
+        """Groups of one rule each, as torch takes them."""
+        frozen: dict[str, Tensor] = {}
+        taken = sum(len(group["params"]) for group in self.param_groups) if self._started else 0
+        groups = groups_from(params, Wanted(self.family, **self._given), frozen, taken)
+        if not any(group["params"] for group in groups):
+            raise UsageError("params: every parameter is frozen (requires_grad=False); unfreeze what is to be trained")
+        self._left |= {name: weakref.ref(p) for name, p in frozen.items()}
+        for group in groups:
+            group["param_names"] = [name for name, _ in group["params"]]
+            group["params"] = [p for _, p in group["params"]]
+            group |= {"added": added, "count": 0}
+        return groups
+
+    def _assemble(self) -> None:
+        """What is made from the groups: who owns what, when bases are due, and which of them are missing."""
+        self._optimizers: dict[int, Optimizer] = {}
+        self._missing: dict[int, Missing] = {}
+        self._kernels: dict[object, Kernel] = self.__dict__.get("_kernels", {})
+        self._hypers: dict[object, dict[str, Tensor]] = {}
+        self._rules = [rule_of(group) for group in self.param_groups]
+        pairs = [pair for group in self.param_groups for pair in _named(group)]
+        self._shapes = {name: p.shape for name, p in pairs}
+        if len(self._shapes) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise UsageError(f"params: two parameters are called {twice!r}; give each a name of its own")
+        for added in sorted({group["added"] for group in self.param_groups}):
+            owned, params = [], Params()
+            for i, group in enumerate(self.param_groups):
+                if group["added"] == added and group["params"]:
+                    named = dict(_named(group))
+                    params |= {name: p.detach() for name, p in named.items()}
+                    only = "|".join(map(re.escape, named))
+                    owned.append(Group(str(i), self._rules[i], (f"^(?:{only})$",), 0.0))
+            self._optimizers[added] = partition(params, owned, self._stagger)
+            state = {name: self.state[p] for name, p in pairs if name in params and p in self.state}
+            self._missing[added] = Missing(self._optimizers[added].owner, state)
+
+    def _fill(self, added: int) -> None:
+        """A fresh state for the parameters that came with this number."""
+        params = {n: p for group in self.param_groups if group["added"] == added for n, p in _named(group)}
+        state = self._optimizers[added].init({name: p.detach() for name, p in params.items()})
+        for name, slots in state.items():
+            self.state[params[name]] = slots
+        self._missing[added].look(state)
+
+    def _expected(self) -> State:
+        """A fresh state without memory: what a loaded one has to look like."""
+        pairs = [(i, name, p) for i, group in enumerate(self.param_groups) for name, p in _named(group)]
+        return {name: self._rules[i].init(torch.empty_like(p, device="meta")) for i, name, p in pairs}
+
+    def _check(self) -> None:
+        """Raises UsageError where groups, parameters or state are not what they were when the optimizer was made."""
+        plugged.check_groups(self.param_groups, self._rules, self._shapes, REFUSED)
+        plugged.check_owned(self.state, {p: name for group in self.param_groups for name, p in _named(group)})
+        for name, ref in self._left.items():
+            if (p := ref()) is not None and p.requires_grad and not any(p is q for q in self.state):
+                raise UsageError(
+                    f"{name}: was frozen when the optimizer was made, and requires a gradient now; train it too with "
+                    f'add_param_group({{"params": [({name!r}, p)]}}), or freeze it'
+                )
+
+    def _idle(self) -> bool:
+        """Is there nothing to do, as every rate and every gradient is 0, or there is no gradient?"""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        rates = [group["lr"] for group in self.param_groups]
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates) or any(map(bool, rates)):
+            return not grads
+        return not any(bool(g.any()) for g in grads)
+
+    def _step(self, added: int, optimizer: Optimizer) -> None:
+        """One step of the parameters that came together, a layer at a time."""
+        groups = [(i, group) for i, group in enumerate(self.param_groups) if group["added"] == added]
+        count = groups[0][1]["count"]
+        layers: dict[Layer, list[Moving]] = {}
+        for i, group in groups:
+            key, rounding = fold(group["seed"], "optimizer"), bool(group["stochastic_rounding"])
+            for name, p in _named(group):
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise UsageError(f"{name}: got a sparse gradient, expected a dense one; give sparse=False")
+                plugged.follow(self.state[p], p)
+                g, hyper = -p.grad if group["maximize"] else p.grad, self._hyper(i, group, p.device)
+                layer = Layer(block(name), p.device, key, rounding)
+                layers.setdefault(layer, []).append(Moving(name, p.detach(), g, self.state[p], self._rules[i], hyper))
+        due, missing = set(optimizer.due(count)), self._missing[added]
+        absent = missing.names()
+        for layer, moved in layers.items():
+            for name, _, g, slots, rule, _ in moved:
+                if name in due or name in absent:
+                    rebuild_in_place(rule, name, g, slots, count, layer.key, name not in due)
+                    if name in absent:
+                        missing.watch(name, slots)
+            seed = seeds(layer.key, [one.name for one in moved], count, layer.device) if layer.rounding else None
+            hypers = [one.hyper for one in moved]
+            self._kernel(moved)(
+                [one.g for one in moved],
+                [one.slots for one in moved],
+                [one.p for one in moved],
+                hypers,
+                hypers[0]["lr"],  # the bound of a clipping that is not there: nothing reads it
+                seed,
+            )
+        for _, group in groups:
+            group["count"] = count + 1
+
+    def _kernel(self, moved: Sequence[Moving]) -> Kernel:
+        """The update of these parameters, shared by all layers with the same rules, shapes and dtypes."""
+        kind = tuple((one.rule, one.p.shape, one.p.dtype) for one in moved)
+        if kind not in self._kernels:
+            kernel = make_kernel([one.rule for one in moved])
+            self._kernels[kind] = compiled(kernel) if self._compile else kernel
+        return self._kernels[kind]
+
+    def _hyper(self, i: int, group: Mapping[str, Any], device: torch.device) -> Hyper:
+        """lr and weight_decay of a group as 0-d tensors, which are filled and stay the same: nothing compiles anew."""
+        if (i, device) not in self._hypers:
+            made = {name: torch.zeros((), device=device) for name in ("lr", "weight_decay")}
+            self._hypers[i, device] = made
+        hyper = self._hypers[i, device]
+        for name, t in hyper.items():
+            t.copy_(group[name]) if isinstance(group[name], Tensor) else t.fill_(group[name])
+        return hyper
+
+
+def optimizer(name: str) -> type[RuleOptimizer]:
+    """The class of a registered rule. Raises UsageError for a name that nobody knows."""
+    if name not in RULES:
+        raise UsageError(f"optimizer {name!r} is not known; give one of {', '.join(RULES)}")
+    family = RULES[name]
+    if name not in _CLASSES or _CLASSES[name].family is not family:
+        options = dataclasses.fields(family.options)
+        said = ", ".join(f"{field.name}={family.preset.get(field.name, field.default)!r}" for field in options)
+        doc = f"{RuleOptimizer.__init__.__doc__}\n\nOptions of {name}, by name: {said}."
+        body = {"family": family, "__doc__": doc, "__module__": __name__}
+        _CLASSES[name] = type(_title(name), (RuleOptimizer,), body)
+    return _CLASSES[name]
+
+
+_CLASSES: dict[str, type[RuleOptimizer]] = {}
+
+
+class Factory:
+    """For hosts that make an instance first and then call it with the model, such as Transformers 5's Trainer:
+    `optimizer_cls_and_kwargs=(torch_optim.factory("sumo"), {"lr": 2e-3, "rank": 64})`."""
+
+    name: ClassVar[str]
+
+    def __call__(self, model: Given, **options: Any) -> RuleOptimizer:
+        """The optimizer of that model; `options` as `RuleOptimizer` takes them."""
+        return optimizer(self.name)(model, **options)
+
+
+def factory(name: str) -> type[Factory]:
+    """The factory class of a registered rule. Raises UsageError as `optimizer` does."""
+    return type(f"{optimizer(name).__name__}Factory", (Factory,), {"name": name})
+
+
+def __getattr__(name: str) -> type[RuleOptimizer]:
+    """A class by its rule's name without underscores, in any case that begins with a capital: SUMO, AdamW, AdamSNSM."""
+    if name[:1].isupper():
+        for known in RULES:
+            if known.replace("_", "") == name.lower():
+                return optimizer(known)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(map(_title, RULES))}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *map(_title, RULES)]
+
+
+def _title(name: str) -> str:
+    """Under which name a class calls itself: as its options do, or the words of the rule."""
+    own: str = RULES[name].options.__name__
+    return own if own.lower() == name else "".join(word.capitalize() for word in name.split("_"))
+
+
+def _named(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return zip(group["param_names"], group["params"], strict=True)
