@@ -92,7 +92,10 @@ def from_plain(kind: type[TrainConfig], plain: Mapping[str, Any]) -> TrainConfig
     is of another type, and KeyError where its rule is not known."""
     options = plain.get("options")
     if not isinstance(options, Mapping):
-        raise TypeError("options: not there; it was saved when the settings of a rule were not yet kept apart")
+        raise TypeError(
+            "no options: saved before a rule's settings were kept apart; train a step with --resume under its own optimizer, "
+            "then swap that"
+        )
     family = kind.rules()[decode(str, plain.get("optimizer"), "optimizer")]
     if unknown := options.keys() - {f.name for f in _fields(family.options)}:
         raise TypeError(f"options: got {sorted(unknown)[:3]}, which {family.name} does not have")
