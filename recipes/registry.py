@@ -93,8 +93,8 @@ def from_plain(kind: type[TrainConfig], plain: Mapping[str, Any]) -> TrainConfig
     options = plain.get("options")
     if not isinstance(options, Mapping):
         raise TypeError(
-            "no options: saved before a rule's settings were kept apart; train a step with --resume under its own optimizer, "
-            "then swap that"
+            "no options: saved before a rule's settings were kept apart; train a step with --resume under its own "
+            "optimizer, then swap that"
         )
     family = kind.rules()[decode(str, plain.get("optimizer"), "optimizer")]
     if unknown := options.keys() - {f.name for f in _fields(family.options)}:
