@@ -23,6 +23,7 @@ from optimizers.contract import Optimizer, Params, State
 from optimizers.partition import freeze
 from optimizers.random import Key, fold
 
+from . import init
 from .config import Setup, TrainConfig
 
 
@@ -40,13 +41,17 @@ class Run(NamedTuple):
     def place(self, device: torch.device | str, fill: bool = True) -> Params:
         """Give the model memory on `device`, one tensor at a time in its final dtype; returns its parameters.
 
-        Without `fill` they hold nothing yet: for a checkpoint's weights, or on fake tensors.
+        They are drawn, or read from the folder that --init names. Without `fill` they hold nothing yet: for a
+        checkpoint's weights, or on fake tensors. Raises UsageError where the folder has changed.
         """
         self.model.allocate(device)
-        if fill:
-            self.model.init_weights(self.config.seed)
         named = dict(self.model.named_parameters())
-        return {name: named[name] for name in self.params}
+        params: Params = {name: named[name] for name in self.params}
+        if fill and self.config.init is not None:
+            init.fill(self.config.init, self.model, params)
+        elif fill:
+            self.model.init_weights(self.config.seed)
+        return params
 
     def step(self, params: Params, state: State, **changed: Any) -> Step:
         """The step that trains `params` with `state`, both moved in place; `changed` are options of `Step`."""

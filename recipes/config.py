@@ -4,8 +4,10 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from engine.data.tokenizer import load_tokenizer
 from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
@@ -14,8 +16,11 @@ from optimizers.random import Key
 from optimizers.registry import RULES
 from optimizers.rules.adamw import adamw
 
+from . import init
+
 SIZES = ("rank", "update_proj_gap")  # options that go with the size of the model: a preset gives them to any rule
 MATRICES = r"layers\.\d+\..*_proj\.weight$"  # attention and MLP; embedding, norms and head go to AdamW
+VECTORS = r"norm|\.bias$"  # never decayed
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class Size:
 class TrainConfig(LanguageConfig):
     """Flags of every recipe that trains a LLaMA."""
 
+    init: Path | None = None
+    """A folder with a model as Hugging Face publishes it, whose weights the run begins with. Its config.json stands in
+    the place of --model and --size, and its tokenizer is the run's unless --tokenizer says another."""
     model: Literal["demo", "60m", "130m", "350m", "1b", "7b"] = "demo"
     """Size of the LLaMA: GaLore's configurations, and a demo of about 3 M parameters."""
     size: Size = field(default_factory=Size)
@@ -75,6 +83,8 @@ class TrainConfig(LanguageConfig):
     """What options are here by default, by rule, where that is not what the rule says."""
 
     def __post_init__(self) -> None:
+        if self.init is not None and self.tokenizer == "byte":
+            object.__setattr__(self, "tokenizer", str(self.init))
         if self.options is None:
             object.__setattr__(self, "options", self.defaults(self.optimizer))
 
@@ -121,6 +131,11 @@ class TrainConfig(LanguageConfig):
             raise UsageError(said) from None
 
     @property
+    def named(self) -> str:
+        """The model, as folders are named."""
+        return self.model if self.init is None else self.init.resolve().name
+
+    @property
     def trains(self) -> str:
         """What tells this recipe's runs from each other, in folders and pictures."""
         return self.optimizer
@@ -128,6 +143,11 @@ class TrainConfig(LanguageConfig):
     def check(self) -> None:
         super().check()
         self.rule()
+        if self.init is not None:
+            if self.size != Size():
+                raise UsageError("--size: --init gives the model with its sizes; leave one of them out")
+            init.check(self.init, self.sequence, read=self.resume == "never")
+            self.shape(load_tokenizer(self.tokenizer, self.eos).vocab_size)
         self.at_least("lr", 0)
         if not self.lr < 3e38:
             raise UsageError(f"--lr must be a float32, got {self.lr}")
@@ -160,6 +180,8 @@ class TrainConfig(LanguageConfig):
 
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model's configuration. Raises UsageError where sizes do not go together."""
+        if self.init is not None:
+            return init.shape(self.init, vocab_size, self.tokenizer)
         given = {k: v for k, v in dataclasses.asdict(self.size).items() if v is not None}
         if "num_attention_heads" in given:  # a preset's grouping means nothing for another number of heads
             given.setdefault("num_key_value_heads", None)
@@ -175,12 +197,13 @@ def groups_for(config: TrainConfig, rule: Rule, params: Params, matrices: Sequen
     """`rule` on the matrices that match; AdamW on the rest, if there is any, at a rate of its own where asked."""
     if rule.name == "adamw" and config.rest_lr is None:
         return [
-            Group("adamw-norms", rule, ("norm",), config.lr, 0.0, "norms: never decayed"),
+            Group("adamw-norms", rule, (VECTORS,), config.lr, 0.0, "norms and biases: never decayed"),
             Group("adamw", rule, ("",), config.lr, config.weight_decay, "everything else"),
         ]
     why = "matrices of attention and MLP" if tuple(matrices) == (MATRICES,) else "asked for by --match"
     left = [name for name in params if not any(re.search(pattern, name) for pattern in matrices)]
-    norms, others = [n for n in left if "norm" in n], [n for n in left if "norm" not in n]
+    norms = [name for name in left if re.search(VECTORS, name)]
+    others = [name for name in left if name not in norms]
     rest = [group for group, own in zip(rest_for(config), (norms, others), strict=True) if own]
     return [Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why), *rest]
 
@@ -189,7 +212,7 @@ def rest_for(config: TrainConfig, eps: float = 1e-8) -> list[Group]:
     """AdamW on what is left: norms, embedding and head, at a rate of their own where asked."""
     rest, rule = config.lr if config.rest_lr is None else config.rest_lr, adamw(eps=eps)
     return [
-        Group("adamw-norms", rule, ("norm",), rest, 0.0, "norms: vectors, never decayed"),
+        Group("adamw-norms", rule, (VECTORS,), rest, 0.0, "norms and biases: vectors, never decayed"),
         Group("adamw-rest", rule, ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
     ]
 

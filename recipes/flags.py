@@ -170,5 +170,8 @@ def chosen(found: Any, before: Config, words: Sequence[str]) -> Config:
                 f"{before.flag_of(name)}: changes nothing under {before.optimizer} with its other options as they are; "
                 "leave it out"
             )
+    sized = [flag for word in words if (flag := word.partition("=")[0]) == "--model" or flag.startswith("--size.")]
+    if sized and values["init"] is not None:
+        raise UsageError(f"{sized[0]}: --init gives the model with its sizes; leave one of them out")
     rated = any(word.partition("=")[0] == "--lr" for word in words)
     return type(before)(**{**values, "options": options, "lr_of": "" if rated else before.lr_of})

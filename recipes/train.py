@@ -31,6 +31,7 @@ from engine.terminal.progress import Bar
 from models.sampling import generate
 from optimizers.compile import can_compile
 
+from . import init
 from .build import Run, build
 from .config import TrainConfig
 from .plan import planned
@@ -66,7 +67,7 @@ def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple
     """A run under one optimizer: its folder, and the config that goes on where --swap-at asks for one."""
     config.check()
     device = device_of(config.device)
-    stem = Path("runs") / "-".join(filter(None, [config.recipe, config.trains, config.model]))
+    stem = Path("runs") / "-".join(filter(None, [config.recipe, config.trains, config.named]))
     with place(config, stem, console.print, config.dry_run, saved) as (out, found):
         return _trained(config, console, device, out, found)
 
@@ -180,6 +181,9 @@ def _own(out: Path, saved: Reader | None, trainer: Trainer, tokenizer: Tokenizer
     if tokenizer.files:  # a run can be read wherever it lies
         (out / KEPT).mkdir(exist_ok=True)
         tokenizer.copy_to(out / KEPT)
+        asked = trainer.config
+        if isinstance(asked, TrainConfig) and asked.init is not None and asked.tokenizer == str(asked.init):
+            init.keep_beside(asked.init, out / KEPT)
     config = trainer.config.plain()
     write_whole(out / "config.json", json.dumps(config, indent=1) + "\n")
     console.print(f"config: {json.dumps(config)}", style="dim")

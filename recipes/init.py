@@ -1,0 +1,65 @@
+"""A run that begins with the weights of a published model: what `--init DIR` asks of the folder.
+
+Errors are UsageError: the file, the tensor, what was got, what was expected, and what to do.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.data.ending import TOKENIZER_CONFIG, read_beside
+from models import weights
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from optimizers.contract import Params, UsageError
+
+BESIDE = ("special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
+
+
+@contextmanager
+def _usage(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def shape(folder: Path, vocabulary: int, tokenizer: str) -> DecoderConfig:
+    """The model's own. Raises UsageError where the tokenizer's vocabulary is larger than the model's."""
+    with _usage("--init"):
+        config = weights.config_of(folder)
+        weights.check_vocabulary(vocabulary, config, tokenizer, folder)
+    return config
+
+
+def check(folder: Path, sequence: int, read: bool) -> None:
+    """Raises UsageError where the model has fewer positions than a sequence or, if its weights are to be `read`, where
+    the folder's files do not hold what its config.json describes. Reads heads only."""
+    with _usage("--init"):
+        config = weights.config_of(folder)
+        if read:
+            weights.check(weights.empty(config), weights.tensors_of(folder), folder)
+    if sequence > config.max_position_embeddings:
+        raise UsageError(
+            f"--sequence: got {sequence}, expected at most {config.max_position_embeddings}, the positions of the "
+            f"model in {folder}"
+        )
+
+
+def fill(folder: Path, model: Decoder, params: Params) -> None:
+    """The folder's values for parameters that have memory, tensor by tensor."""
+    with _usage("--init"):
+        stored = weights.tensors_of(folder)
+        weights.check(model, stored, folder)
+        weights.fill(params, stored)
+
+
+def keep_beside(folder: Path, into: Path) -> None:
+    """Put what the published tokenizer came with beside a run's copy of it: template, special tokens, settings."""
+    settings = {**read_beside(folder, TOKENIZER_CONFIG), **read_beside(into, TOKENIZER_CONFIG)}
+    (into / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    for name in BESIDE:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, into / name)
