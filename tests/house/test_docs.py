@@ -121,7 +121,8 @@ def run(line: str) -> tuple[int, str]:
         words[i + 1] = STEPS.get(word, words[i + 1])
     if module == "recipes.compare" and "--" not in words:
         words.append("--")
-    words += TINY[module].split()
+    added = TINY[module].removeprefix(MODEL if "--init" in words else "").split()  # a published model has its sizes
+    words += added + ["--sequence", "16"] * ("--init" in words)
     out, argv, code = io.StringIO(), sys.argv, 0
     sys.argv = [module, *words]
     try:
