@@ -55,7 +55,7 @@ def update(
     """Every parameter that has a gradient, moved by its owner's rule; `hyper` is by group. Nothing is written."""
     params, state = dict(params), dict(state)
     for trained, g in grads.items():
-        name = optimizer.parameter_of.get(trained, trained)
+        name = optimizer.parameter_of(trained)
         group = optimizer.owner[name]
         params[name], state[name], _ = move(group.rule, g, state[name], params[name], hyper[group.name])
     return params, state
@@ -65,7 +65,7 @@ def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: K
     """Rebuild the bases that are due at `step` among `grads`, and those that are missing still; returns the state and
     one `ok` per tensor that was due."""
     state, flags = dict(state), []
-    grads = {optimizer.parameter_of.get(name, name): g for name, g in grads.items()}
+    grads = {optimizer.parameter_of(name): g for name, g in grads.items()}
     due = set(optimizer.due(step))
     for name, g in grads.items():
         rule = optimizer.owner[name].rule

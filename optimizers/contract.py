@@ -5,7 +5,8 @@ whole model: it says who owns which parameter, what is trainable now (`split`) a
 (`switch`). Nothing here mutates its inputs; the engine decides where results are written.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from .moments import Moments
 from .random import Key
+from .state import Params as Params
+from .state import Slots as Slots
+from .state import State as State
+from .state import state_bytes as state_bytes
+from .state import total_bytes as total_bytes
+from .state import trains
 
-Params = dict[str, Tensor]
-Slots = dict[str, Tensor]
-State = dict[str, Slots]
 Hyper = Mapping[str, Tensor]  # "lr" and "weight_decay", 0-d float32: a Python float that changes would recompile
 
 
@@ -158,51 +162,55 @@ class Group(NamedTuple):
     why: str = ""
 
 
-class Optimizer(NamedTuple):
-    """How a model moves. `owner` maps every parameter to its group.
+class Optimizer(ABC):
+    """How a model moves: functions of flat dicts that write nothing. A wrapper is an optimizer over another one.
 
-    `init(params, step)` is the state as it stands once `step` steps are done, values aside: at 0, a fresh one.
-    `split(params, state) -> (trainable, frozen)` is the model as its segments see it now. A trainable name is a
-    parameter, or something in the state that stands for one: its gradient moves the parameter `parameter_of[name]`.
-    `due(step)` names the parameters whose rule refreshes at this step.
-    `switch(params, state, step, key) -> (params, state)` is cold: what changes between steps (a mask, a subspace),
-    before those steps for which `switches` holds. It takes any part of the model, so that the engine can switch one
-    segment after another and never holds a second copy of the weights. `batch(step)` is the batch that a step trains
-    on, where order is part of the method. `merge(params, state)` are the weights that a model has without its
-    optimizer. `metadata` goes into the head of every checkpoint's state.
+    `owner` maps every parameter that trains to its group. `metadata` goes into the head of every checkpoint's state,
+    and must be the same in the run that goes on from it.
     """
 
     owner: Mapping[str, Group]
-    init: Callable[..., State]
-    due: Callable[[int], tuple[str, ...]]
-    split: Callable[[Params, State], tuple[Params, Params]] = lambda params, state: (params, {})
-    switches: Callable[[int], bool] = lambda step: False
-    switch: Callable[[Params, State, int, Key], tuple[Params, State]] = lambda params, state, step, key: (params, state)
-    parameter_of: Mapping[str, str] = MappingProxyType({})
-    batch: Callable[[int], int] = lambda step: step
-    metadata: Mapping[str, str] = MappingProxyType({})
-    merge: Callable[[Params, State], Params] = lambda params, state: params
+    metadata: Mapping[str, str]
 
+    @abstractmethod
+    def init(self, params: Params, step: int = 0) -> State:
+        """The state as it stands once `step` steps are done, values aside: at 0, a fresh one.
 
-PARKED = "parked:"  # before a parameter's name in the state: slots of a frozen tensor, kept for its return
+        Raises UsageError, with its name, where a rule cannot serve a parameter.
+        """
 
+    @abstractmethod
+    def due(self, step: int) -> tuple[str, ...]:
+        """The parameters whose rule refreshes at this step."""
 
-def bare(key: str) -> str:
-    """The parameter that a key of the state is about, be it parked or not."""
-    return key.rpartition(PARKED)[2]
+    def split(self, params: Params, state: State) -> tuple[Params, Params]:
+        """The model as its segments see it now: what is trainable, and what is frozen.
 
+        A trainable name is a parameter, or something in the state that stands for one: see `parameter_of`.
+        """
+        now = {name for name in params if trains(state, name)}  # even without slots; a mask takes the entry away
+        return {n: p for n, p in params.items() if n in now}, {n: p for n, p in params.items() if n not in now}
 
-def part(state: State, names: Iterable[str]) -> State:
-    """The state of these parameters, parked slots among it."""
-    own = set(names)
-    return {key: slots for key, slots in state.items() if bare(key) in own}
+    def parameter_of(self, trained: str) -> str:
+        """The parameter that is moved by the gradient of what `split` calls `trained`."""
+        return trained
 
+    def switches(self, step: int) -> bool:
+        """Does something change before this step: a mask, a subspace?"""
+        return False
 
-def state_bytes(slots: Slots) -> int:
-    """Bytes of one tensor's slots, scalars included."""
-    return sum(t.numel() * t.element_size() for t in slots.values())
+    def switch(self, params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+        """What changes before a step for which `switches` holds; cold.
 
+        It takes any part of the model, with that part's state, so that the engine can switch one segment after another
+        and never holds a second copy of the weights.
+        """
+        return params, state
 
-def total_bytes(state: State) -> int:
-    """Bytes of a whole state; a tensor that several parameters share counts once."""
-    return state_bytes({str(id(t)): t for slots in state.values() for t in slots.values()})
+    def batch(self, step: int) -> int:
+        """The batch that a step trains on, where order is part of the method."""
+        return step
+
+    def merge(self, params: Params, state: State) -> Params:
+        """The weights that the model has without its optimizer; a tensor that is as it was is the same object."""
+        return params

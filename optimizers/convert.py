@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import PARKED, Hyper, Kind, Optimizer, Params, Rule, Slots, State, bare
+from .contract import Hyper, Kind, Optimizer, Params, Rule, Slots, State
 from .moments import GUESSED, UNKNOWN, Moments, complete
 from .random import Key, fold, normal
+from .state import parked_by, place, with_status
 
 PIECE = 2**12  # numbers that are squared at once
 RESTED = 100.0  # gradients that a first moment of zero counts for: a rule that corrects for its start does not here
@@ -45,22 +46,20 @@ def convert(
     `target.init` does.
     """
     whole = target.init({name: torch.empty_like(p, device="meta") for name, p in params.items()}, step)
-    sizes = _sizes(params, state, source) if any(bare(name) not in state for name in whole) else {}
+    sizes = _sizes(params, state, source) if any(name not in state for name in whole) else {}
     made, rows = State(), dict[str, Row]()
     for names in _together(whole, params):
         fresh = target.init({name: params[name] for name in names}, step)
-        for where in list(fresh):
-            name = bare(where)
-            device = params[name].device
-            away = {slot: t for slot, t in fresh[where].items() if t.device != device}  # parked on the host
-            fresh[where] |= {slot: t.to(device) for slot, t in away.items()}
+        for name in list(fresh):
+            by, device = parked_by(fresh[name]), params[name].device
+            fresh[name] = place(with_status({}, fresh[name]), device)  # from the host, if it is parked there
             new = target.owner[name].rule
             old = source.owner[name].rule if name in source.owner else new  # it was frozen
             size = sizes.get(_kind(name))
-            converted = _one(name, params[name], state, fresh, where, old, new, fold(key, "convert", name), size)
-            made[where], rows[where] = converted
-            made[where] |= {slot: t.copy_(made[where][slot]) for slot, t in away.items()}
-    return {where: made[where] for where in whole}, [rows[where] for where in whole]
+            slots, rows[name] = _one(name, params[name], state, fresh, old, new, fold(key, "convert", name), size)
+            made[name] = place(with_status(by, slots), device)
+            del slots
+    return {name: made[name] for name in whole}, [rows[name] for name in whole]
 
 
 def _together(whole: State, params: Params) -> list[list[str]]:
@@ -68,8 +67,7 @@ def _together(whole: State, params: Params) -> list[list[str]]:
     one takes beside its new slots is then needed while those of smaller ones are not there yet."""
     groups: dict[str, list[str]] = {}
     first: dict[int, str] = {}
-    for where, slots in whole.items():
-        name = bare(where)
+    for name, slots in whole.items():
         groups[name] = [name]
         for t in slots.values():
             own, other = groups[name], groups[first.setdefault(id(t), name)]
@@ -88,8 +86,7 @@ def _kind(name: str) -> str:
 def _sizes(params: Params, state: Mapping[str, Slots], source: Optimizer) -> dict[str, float]:
     """The mean second moment by kind of parameter, of what has state."""
     found: dict[str, list[float]] = {}
-    for where, slots in state.items():
-        name = bare(where)
+    for name, slots in state.items():
         export = source.owner[name].rule.export
         second = complete(export(slots, params[name])).second if export and slots else None
         if second is not None:
@@ -102,15 +99,14 @@ def _one(
     p: Tensor,
     state: Mapping[str, Slots],
     fresh: State,
-    where: str,
     old: Rule,
     new: Rule,
     key: Key,
     size: float | None,
 ) -> tuple[Slots, Row]:
-    """One tensor: its new slots, made from `fresh[where]`, which is taken out, and the report's row. `size` is the
+    """One tensor: its new slots, made from `fresh[name]`, which is taken out, and the report's row. `size` is the
     second moment of its like. Old slots and moments are let go as soon as they were used."""
-    held, slots = state[name] if name in state else state.get(PARKED + name, {}), fresh.pop(where)
+    held, slots = state.get(name, {}), fresh.pop(name)
     nan = float("nan")
     if _same(old, new, held, slots):
         for slot, t in slots.items():

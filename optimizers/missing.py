@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .contract import Group, Slots, State
+from .state import trains
 
 
 class Missing:
@@ -26,7 +27,7 @@ class Missing:
     def look(self, state: State) -> None:
         """Ask of every tensor whose slots are others than at the last look: it may have been frozen, or starts anew."""
         for name, group in self._owner.items():
-            slots = state.get(name)
+            slots = state[name] if trains(state, name) else None
             if group.rule.built is None or slots is None:
                 self._asked.pop(name, None)
                 self._seen.pop(name, None)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -75,6 +76,23 @@ def stagger(sizes: Mapping[str, int], gap: int) -> dict[str, int]:
     return {name: offsets[name] for name in sizes}
 
 
+@dataclass(frozen=True, eq=False)
+class Partition(Optimizer):
+    """Every parameter that has an owner trains all the time. `offsets`: of those with a basis, the step in a gap at
+    which it is rebuilt."""
+
+    owner: Mapping[str, Group]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def init(self, params: Params, step: int = 0) -> State:
+        return blank(self.owner, params)
+
+    def due(self, step: int) -> tuple[str, ...]:
+        gaps = {name: self.owner[name].rule.gap for name in self.offsets}
+        return tuple(n for n, offset in self.offsets.items() if step == 0 or step % gaps[n] == offset)
+
+
 def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -> Optimizer:
     """An optimizer that gives every parameter to one group and trains all of them all the time, the frozen ones
     (see `trainable`) aside: they have no owner and no state.
@@ -93,16 +111,7 @@ def partition(params: Params, groups: Sequence[Group], staggered: bool = True) -
             spread = stagger({n: s for n, s in gapped.items() if owner[n].rule.gap == gap}, gap)
             offsets |= {n: (offset + offsets[n]) % gap for n, offset in spread.items()}
 
-    def due(step: int) -> tuple[str, ...]:
-        return tuple(n for n, offset in offsets.items() if step == 0 or step % owner[n].rule.gap == offset)
-
-    def split(params: Params, state: State) -> tuple[Params, Params]:
-        return (
-            {name: p for name, p in params.items() if name in state},  # even if that is empty; a mask takes it away
-            {name: p for name, p in params.items() if name not in state},
-        )
-
-    return Optimizer(owner, lambda params, step=0: blank(owner, params), due, split)
+    return Partition(owner, offsets)
 
 
 def blank(owner: Mapping[str, Group], params: Params) -> State:

@@ -24,7 +24,8 @@ from optimizers.partition import partition
 from optimizers.random import fold, normal, signs
 from optimizers.rules.galore import galore
 from optimizers.rules.sgd import sgd
-from optimizers.wrappers.rso import draw, rso
+from optimizers.wrappers.rso import rso
+from optimizers.wrappers.subspace import draw
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def outcome(one: Combination) -> str:
         again = step_of(one, seed=9)
         checkpoint.restore_into(again.params, saved.params)
         again.state.clear()
-        again.state.update({name: {s: t.clone() for s, t in slots.items()} for name, slots in saved.state.items()})
+        again.state.update(saved.state)
     with torch.enable_grad():
         train(straight, BREAK, STEPS)
         train(again, BREAK, STEPS)

@@ -41,7 +41,7 @@ from engine.inspection.measures import Look, compared, look
 from engine.terminal.flags import ask
 from engine.terminal.output import printable
 from engine.terminal.paths import writable
-from optimizers.contract import PARKED, Optimizer, Params, Slots, UsageError
+from optimizers.contract import Optimizer, Params, Slots, UsageError
 from optimizers.wrappers.traversal import describe
 
 from .inspect_page import draw
@@ -95,10 +95,9 @@ def inspect_fresh(what: str, params: Params, optimizer: Optimizer, match: str = 
     """The state that `optimizer` begins with. `params` may have no memory (device "meta"). Raises UsageError."""
     state, looks = optimizer.init(params), []
     for name in matching(params, match):
-        parked = name not in state and PARKED + name in state
         owner = optimizer.owner.get(name)
         who = described(owner) if owner else RuleRecord("frozen", "frozen")
-        looks.append(look(name, params[name], state.get(PARKED + name if parked else name), who, parked))
+        looks.append(look(name, params[name], state.get(name), who))
     masks = describe(optimizer.metadata, params, 0) if "traversal" in optimizer.metadata else None
     return Report(what, 0, None, len(params), looks, masks)
 
@@ -115,7 +114,7 @@ def matching(names: Iterable[str], match: str) -> list[str]:
 
 
 def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterator[Look]:
-    unknown = {owner.removeprefix(PARKED) for owner in reader.owners} - reader.params.names.keys()
+    unknown = reader.owners.keys() - reader.params.names.keys()
     if unknown:
         raise CheckpointError(
             f"{reader.path}: has state of {sorted(unknown)[:3]}, which are no parameters of its model"
@@ -130,33 +129,31 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
         if (first := reader.params.names[name]) in tied:
             continue  # one tensor under two names is moved and counted once
         tied.add(first)
-        p, slots, parked = _one(reader, name)
+        p, slots = _one(reader, name)
         try:
-            seen = look(name, p, slots, owners.get(name, RuleRecord()), parked, rounded)
+            seen = look(name, p, slots, owners.get(name, RuleRecord()), rounded)
         except CheckpointError as error:
             raise CheckpointError(f"{reader.state.file}: {error}") from None
         if older is not None:
             if name not in older.params.names:
                 raise CheckpointError(f"{older.path}: has no parameter {name}; compare checkpoints of the same model")
-            before, held, was_parked = _one(older, name)
+            before, held = _one(older, name)
             if before.shape != p.shape:
                 got = f"{tuple(before.shape)}, expected {tuple(p.shape)}"
                 raise CheckpointError(f"{older.path}: {name} is {got}; compare checkpoints of the same model")
             who = others.get(name, RuleRecord())
-            look(name, before, held, who, was_parked)  # whether its slots are its own
+            look(name, before, held, who)  # whether its slots are its own
             between = compared((before, held or {}, who), (p, slots or {}, seen.who), reader.step - older.step)
             seen = seen._replace(measures=seen.measures | between)
         yield seen
 
 
-def _one(reader: Reader, name: str) -> tuple[torch.Tensor, Slots | None, bool]:
-    """A parameter as it is trained, its slots if it has state, and whether that is parked."""
-    parked = name not in reader.owners and PARKED + name in reader.owners
-    owner = PARKED + name if parked else name
+def _one(reader: Reader, name: str) -> tuple[torch.Tensor, Slots | None]:
+    """A parameter as it is trained, and its slots if it has state."""
     p = reader.trained(name)
     if not p.is_floating_point():
         raise CheckpointError(f"{reader.params.file}: {name} is {p.dtype}, expected floating point")
-    return p, reader.slots(owner) if owner in reader.owners else None, parked
+    return p, reader.slots(name) if name in reader.owners else None
 
 
 def _traversal(reader: Reader) -> dict[str, Any] | None:

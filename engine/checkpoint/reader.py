@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from optimizers.contract import Params, Slots, State
+from optimizers.state import with_status
 
 from .form import (
     CONFIG,
@@ -22,6 +23,7 @@ from .form import (
     seal,
     steps,
 )
+from .status import Status, read_status
 from .tensorfile import HEAD, CheckpointError, TensorFile
 
 
@@ -44,7 +46,8 @@ class Reader(NamedTuple):
     params: TensorFile  # as the model has them
     weights: TensorFile | None  # those that are trained in another form
     state: TensorFile
-    owners: dict[str, list[str]]  # whose state it is, in order -> its slots
+    owners: dict[str, dict[str, str]]  # whose state it is, in order -> its slots -> their keys in the file
+    parked: dict[str, Status]  # those that are frozen -> by what
     trainer: dict[str, Any]
     model_config: dict[str, Any]
     path: Path
@@ -56,7 +59,7 @@ class Reader(NamedTuple):
 
     def slots(self, owner: str) -> Slots:
         """The state of one owner, on the CPU."""
-        return {slot: self.state.read(f"{owner}/{slot}") for slot in self.owners[owner]}
+        return with_status(self.parked.get(owner, {}), {s: self.state.read(k) for s, k in self.owners[owner].items()})
 
 
 class Latest(NamedTuple):
@@ -105,18 +108,12 @@ def read(path: Path, record: dict[str, Any] | None = None) -> Reader:
     weights = TensorFile(path / WEIGHTS) if WEIGHTS in record["files"] else None
     if weights and (odd := weights.names.keys() - params.names.keys()):
         raise CheckpointError(f"{weights.file}: damaged, {sorted(odd)[:3]} are not in {MODEL}")
-    listed = state.json("owners", list)
-    if not all(isinstance(owner, str) for owner in listed) or len(set(listed)) < len(listed):
-        raise CheckpointError(f'{state.file}: damaged, "owners" in its head must be names, each once')
-    owners: dict[str, list[str]] = {owner: [] for owner in listed}  # an owner without slots is an owner still
-    for key in state.names:
-        owner, slash, slot = key.partition("/")
-        if not slash or owner not in owners:
-            raise CheckpointError(f"{state.file}: damaged, {key!r} is not <owner>/<slot> of an owner in its head")
-        owners[owner].append(slot)
+    owners, parked = read_status(state)
     trainer = {key: value for key, value in record.items() if key not in RESERVED}
     header = {key: value for key, value in state.head.items() if key not in HEAD}
-    return Reader(record["step"], params, weights, state, owners, trainer, read_json(path / CONFIG), path, header)
+    return Reader(
+        record["step"], params, weights, state, owners, parked, trainer, read_json(path / CONFIG), path, header
+    )
 
 
 def load(path: Path, record: dict[str, Any] | None = None) -> Checkpoint:
@@ -124,7 +121,10 @@ def load(path: Path, record: dict[str, Any] | None = None) -> Checkpoint:
     CheckpointError naming the first file that is wrong."""
     found = read(path, record)
     flat = found.state.everything()
-    state = {owner: {slot: flat[f"{owner}/{slot}"] for slot in slots} for owner, slots in found.owners.items()}
+    state = {
+        owner: with_status(found.parked.get(owner, {}), {slot: flat[key] for slot, key in slots.items()})
+        for owner, slots in found.owners.items()
+    }
     params = found.params.everything() | (found.weights.everything() if found.weights else {})
     return Checkpoint(found.step, params, state, found.trainer, found.model_config, path, found.header)
 

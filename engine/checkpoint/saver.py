@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from optimizers.contract import Params, State
+from optimizers.state import parked_by, with_status
 
 from . import store
 from .tensorfile import WriteError, storable
@@ -55,7 +56,10 @@ class Saver:
         if self.background:
             params = snapshot(params)
             flat = snapshot({f"{owner}/{slot}": t for owner, slots in state.items() for slot, t in slots.items()})
-            state = {owner: {slot: flat[f"{owner}/{slot}"] for slot in slots} for owner, slots in state.items()}
+            state = {
+                owner: with_status(parked_by(slots), {slot: flat[f"{owner}/{slot}"] for slot in slots})
+                for owner, slots in state.items()
+            }
         job = partial(store.save, self.root, step, params, state, trainer, model_config, header, merge)
         self._writing = self._pool.submit(self._write, job, step)
         if not self.background:

@@ -1,6 +1,5 @@
 """Writing checkpoints under a folder, whole or not at all, and deleting those that are no longer to be kept."""
 
-import json
 import os
 import re
 import shutil
@@ -10,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from optimizers.contract import PARKED, Params, State, UsageError
+from optimizers.contract import Params, State, UsageError
+from optimizers.state import parked_by, with_status
 
 from . import tensorfile
 from .form import (
@@ -30,6 +30,7 @@ from .form import (
     write_json,
 )
 from .process import this
+from .status import write_status
 from .tensorfile import HEAD, CheckpointError, WriteError, ties
 
 WRITING = re.compile(r"\.tmp-step-\d{8,}-(\d+)-(\d*)")  # a checkpoint half written, by which process
@@ -67,7 +68,7 @@ def save(
             tensorfile.write(fresh / MODEL, params, {}, made)
             if apart:
                 tensorfile.write(fresh / WEIGHTS, {name: params[name] for name in apart}, {})
-            tensorfile.write(fresh / OPTIMIZER, _flatten(state), {**(header or {}), "owners": json.dumps(list(state))})
+            tensorfile.write(fresh / OPTIMIZER, _flatten(state), {**(header or {}), **write_status(state)})
             write_json(fresh / CONFIG, model_config)
             data = (*DATA, WEIGHTS) if apart else DATA
             files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": digest(fresh / name)} for name in data}
@@ -96,7 +97,9 @@ def _merged(
     if merge is None:
         return None, []
     meta = {name: p.to("meta") for name, p in params.items()}
-    slots = {owner: {slot: t.to("meta") for slot, t in own.items()} for owner, own in state.items()}
+    slots = {
+        name: with_status(parked_by(own), {s: t.to("meta") for s, t in own.items()}) for name, own in state.items()
+    }
     after = merge(meta, slots)
     apart = [name for name, p in meta.items() if after[name] is not p]
     tied = ties(params)
@@ -105,8 +108,7 @@ def _merged(
     def made(name: str) -> Tensor:
         if (own := changed.get(tied[name])) is None:
             return params[name]
-        near = {owner: state[owner] for owner in (own, PARKED + own) if owner in state}
-        return merge({own: params[own]}, near)[own]
+        return merge({own: params[own]}, {own: state[own]} if own in state else {})[own]
 
     return made, [name for name in params if tied[name] in changed]
 

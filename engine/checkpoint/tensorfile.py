@@ -34,7 +34,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-HEAD = ("format", "schema", "names", "owners")  # keys of the head that are not the caller's
+HEAD = ("format", "schema", "names", "owners", "parked")  # keys of the head that are not the caller's
 
 
 class CheckpointError(Exception):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from optimizers import linalg
 from optimizers.apply import add
-from optimizers.contract import PARKED, Group, Kind, Params, Slots, State
+from optimizers.contract import Group, Kind, Params, Slots, State
 from optimizers.linalg import projections
 from optimizers.random import Key
+from optimizers.state import Parked
 
 from ..checkpoint.rules import RuleRecord, described
 from ..checkpoint.tensorfile import CheckpointError
@@ -225,15 +226,13 @@ def in_range(index: Tensor, size: int, least: int = 0) -> bool:
     return index.numel() > 0 and int(index.min()) >= least and int(index.max()) < size
 
 
-def look(
-    name: str, p: Tensor, slots: Slots | None, who: RuleRecord, parked: bool = False, rounded: bool = True
-) -> Look:
+def look(name: str, p: Tensor, slots: Slots | None, who: RuleRecord, rounded: bool = True) -> Look:
     """One parameter and its slots, None where it has no state. `rounded`: updates are rounded to nearest. Of a p
     without memory (device "meta") there is nothing to measure.
 
     Raises CheckpointError where the slots cannot be its own.
     """
-    status = "parked" if parked else "active" if slots is not None else "frozen"
+    status = "frozen" if slots is None else "parked" if isinstance(slots, Parked) else "active"
     p, slots = p.detach(), slots or {}
     measures, spectra = ({}, {}) if p.is_meta else measured(name, p, slots, who, rounded)
     rank = next((slots[slot].shape[-1] for slot in ("P", "basis", "index") if slot in slots), None)
@@ -350,9 +349,7 @@ def scalars(params: Params, state: State, owner: Mapping[str, Group], factor: fl
     for name, p in params.items():
         if name not in owner:  # frozen
             continue
-        parked = name not in state and PARKED + name in state
-        slots = state.get(PARKED + name if parked else name)
-        looks.append(look(name, p, slots, described(owner[name], factor), parked, rounded)._replace(spectra={}))
+        looks.append(look(name, p, state.get(name), described(owner[name], factor), rounded)._replace(spectra={}))
     return {f"optim/{name.replace(' ', '-')}": value for name, value in summary(looks).items()}
 
 

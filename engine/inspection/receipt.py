@@ -2,7 +2,7 @@
 
 from rich.console import Group as RenderGroup
 
-from optimizers.contract import Kind, Optimizer, Params, State, part, total_bytes
+from optimizers.contract import Kind, Optimizer, Params, State, total_bytes
 
 from ..terminal.tables import Fitting
 
@@ -21,7 +21,7 @@ def receipt(optimizer: Optimizer, params: Params, state: State) -> RenderGroup:
             str(len({params[n].shape for n in own})),
             " ".join(map(str, sorted(ranks))) or "-",
             f"{sum(params[n].numel() for n in own):,}",
-            f"{total_bytes(part(state, own)) / 2**20:.1f}",
+            f"{total_bytes({n: state[n] for n in own if n in state}) / 2**20:.1f}",
             f"{group.lr:g}",
             f"{group.weight_decay:g}",
         ]

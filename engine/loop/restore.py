@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.contract import PARKED, Optimizer, Params, Slots, State
+from optimizers.contract import Optimizer, Params, Slots, State
 from optimizers.convert import Row, convert
+from optimizers.state import parked_by, with_status
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError, Reader
@@ -86,7 +87,7 @@ def restore(
     step.state.clear()
     converted: list[Row] = []
     if source is None:
-        step.state.update(_state(saved, step.optimizer, step.params))
+        step.state.update(_state(saved, step.params))
     else:
         held = SavedState(saved, step.device)
         for name, p in step.params.items():
@@ -144,7 +145,8 @@ class SavedState(Mapping[str, Slots]):
         self.saved, self.device = saved, device
 
     def __getitem__(self, owner: str) -> Slots:
-        return {slot: t.to(self.device) for slot, t in self.saved.slots(owner).items()}
+        slots = self.saved.slots(owner)
+        return with_status(parked_by(slots), {slot: t.to(self.device) for slot, t in slots.items()})
 
     def __contains__(self, owner: object) -> bool:
         return owner in self.saved.owners
@@ -156,17 +158,16 @@ class SavedState(Mapping[str, Slots]):
         return len(self.saved.owners)
 
 
-def _state(saved: Reader, optimizer: Optimizer, params: Params) -> State:
-    """The state of a checkpoint where the optimizer keeps it; slots that two tensors share stay one."""
+def _state(saved: Reader, params: Params) -> State:
+    """The state of a checkpoint where an optimizer keeps it; slots that two tensors share stay one."""
     placed: dict[str, Tensor] = {}
     state: State = {}
-    hosted = optimizer.metadata.get("state_policy") == "offload"
     for owner, slots in saved.owners.items():
-        p, parked = params[owner.removeprefix(PARKED)], owner.startswith(PARKED)
-        device = torch.device("cpu") if hosted and parked else p.device
-        state[owner] = {}
-        for slot in slots:
-            stored = saved.state.names[f"{owner}/{slot}"]
+        p, by = params[owner], saved.parked.get(owner, {})
+        device = torch.device("cpu") if any(by.values()) else p.device
+        state[owner] = with_status(by, {})
+        for slot, key in slots.items():
+            stored = saved.state.names[key]
             if stored not in placed:
                 t = saved.state.read(stored)
                 pinned = device.type == "cpu" and p.is_cuda
@@ -179,20 +180,27 @@ def _state(saved: Reader, optimizer: Optimizer, params: Params) -> State:
 def _check_state(saved: Reader, optimizer: Optimizer, params: Params) -> None:
     """Raises CheckpointError where the checkpoint's state is not what `optimizer` has at its step."""
     for key, mine in optimizer.metadata.items():
-        if (theirs := saved.header.get(key)) != mine:
+        if (got := saved.header.get(key)) != mine:
             raise CheckpointError(
-                f"{saved.path}: {key} of its optimizer is {str(theirs)[:200]}, expected {mine[:200]}; resume with the "
+                f"{saved.path}: {key} of its optimizer is {str(got)[:200]}, expected {mine[:200]}; resume with the "
                 "settings and the seed that it was trained with, or convert it with --swap"
             )
     expected = optimizer.init({n: torch.empty_like(p, device="meta") for n, p in params.items()}, saved.step)
     for name in {**expected, **saved.owners}:
         wanted = {slot: (tuple(t.shape), t.dtype) for slot, t in expected.get(name, {}).items()}
-        other = {slot: saved.state.form(f"{name}/{slot}") for slot in saved.owners.get(name, [])}
+        other = {slot: saved.state.form(key) for slot, key in saved.owners.get(name, {}).items()}
         if wanted != other or (name in expected) != (name in saved.owners):
             raise CheckpointError(
                 f"{saved.path}: optimizer state of {name} is {other or 'not there'}, expected {wanted or 'none'}; "
                 "resume with the optimizer, its settings, seed and precision that it was trained with, or convert it "
                 "with --swap"
+            )
+        parks, theirs = dict(parked_by(expected.get(name, {}))), dict(saved.parked.get(name, {}))
+        if parks != theirs:
+            raise CheckpointError(
+                f"{saved.path}: optimizer state of {name} is parked by masks {list(theirs) or 'none'}, expected "
+                f"{list(parks) or 'none'} (of masks over masks, the innermost is 1); resume with the masks and the "
+                "--state-policy that it was trained with, or convert it with --swap"
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizers.contract import Group, Optimizer, Params, State, bare
+from optimizers.contract import Group, Optimizer, Params, State
 from optimizers.random import Key
 
 from ..config import RunConfig, step_options
@@ -186,7 +186,7 @@ def _telling(optimizer: Optimizer, total: int) -> list[int]:
 def _slots(state: State, owner: Mapping[str, Group]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the state with its kind, as its rule declares it."""
     for key, slots in state.items():
-        kinds = {slot.name: slot.kind for slot in owner[bare(key)].rule.slots}
+        kinds = {slot.name: slot.kind for slot in owner[key].rule.slots}
         for name, t in slots.items():
             yield STATE + kinds[name], t
 

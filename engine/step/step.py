@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from optimizers.apply import Bound
 from optimizers.compile import compiled
-from optimizers.contract import Hyper, Optimizer, Params, State, UsageError, bare, part
+from optimizers.contract import Hyper, Optimizer, Params, State, UsageError
 from optimizers.kernel import Kernel, make_kernel, rebuild_in_place, seeds
 from optimizers.missing import Missing
 from optimizers.random import Key, fold
@@ -160,24 +160,21 @@ class Step:
         if not self.optimizer.switches(step):
             return False
         state: State = {}
-        for names in sorted(self.chain.owned, key=lambda names: not part(self.state, names)):
+        for names in sorted(self.chain.owned, key=lambda names: not any(name in self.state for name in names)):
             params = {name: self.params[name] for name in names if name in self.params}
-            moved, own = self.optimizer.switch(params, part(self.state, params), step, self.key)
+            own = {name: self.state.pop(name) for name in params if name in self.state}
+            moved, own = self.optimizer.switch(params, own, step, self.key)
             for name, p in moved.items():
                 if p is not params[name]:
                     params[name].copy_(p)
-            for key in part(self.state, params):
-                del self.state[key]
             state |= own
-        place = {name: i for i, name in enumerate(self.params)}
-        order = sorted(state, key=lambda key: (place[bare(key)], len(key)))
-        self.state |= {key: state[key] for key in order}
+        self.state |= {name: state[name] for name in self.params if name in state}
         self.missing.look(self.state)
         return True
 
     def moved(self, names: Iterable[str]) -> list[str]:
         """The parameters that these gradients move."""
-        return [self.optimizer.parameter_of.get(name, name) for name in names]
+        return [self.optimizer.parameter_of(name) for name in names]
 
     def _scale(self, batches: Sequence[Batch]) -> Tensor:
         """What a loss without a count is multiplied by: 1 / valid targets of the step, or 1 for a mean."""

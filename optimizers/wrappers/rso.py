@@ -23,128 +23,143 @@ multiplies W, not B. Moments may also be kept, or carried over (m <- r/in m P_ol
 2602.23111) found RSO 0.4 to 1.0 perplexity behind Adam in pre-training LLaMA of 130M to 1B.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from math import sqrt
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..apply import add
-from ..contract import Hyper, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError, bare
-from ..moments import Moments
-from ..random import Key, fold, normal, permutation, word
+from ..contract import Kind, Optimizer, Params, Rule, Slots, State, UsageError
+from ..random import Key, fold, word
+from ..state import parked_by, place, trains, with_status
+from .subspace import draw, subspace
+from .wrapper import Wrapper
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
 
 
-def draw(projection: str, key: Key, size: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
-    """P (size, rank), float32, contiguous, with E P Pᵀ = I; a pure function of its arguments."""
-    if torch.device(device).type == "meta":
-        return torch.empty(size, rank, device=device)
-    p: Tensor
-    if projection == "coordinate":
-        p = torch.zeros(size, rank, device=device)
-        p[permutation(key, size, device)[:rank].sort().values, torch.arange(rank, device=device)] = sqrt(size / rank)
-        return p
-    g = normal(key, (size, rank), device)
-    if projection == "gaussian":
-        return g / sqrt(rank)
-    q, r = torch.linalg.qr(g)
-    p = (sqrt(size / rank) * q * r.diagonal().sign()).contiguous()  # without the signs it would not be uniform
-    return p
+@dataclass(frozen=True, eq=False)
+class Rso(Wrapper):
+    """`base`, with some weights moved in random subspaces; see `rso`, which makes it.
 
-
-@dataclass(frozen=True)
-class Subspace:
-    """Of what size a random subspace is and how it is stepped in, over the options of the inner rule."""
-
-    rank: int
-    form: str
-    prox: float
-    warmup: int
-    decay: bool
-    over: Any
-
-
-def subspace(
-    inner: Rule, rank: int, form: str = "merged", prox: float = 0.0, warmup: int = 0, decay: bool = True
-) -> Rule:
-    """`inner` on B (out, r) as a rule for W (out, in), whose gradient is dB: it moves W by rule(dB) Pᵀ, or B.
-
-    Slots: `P` (in, r) in W's dtype; `B` (out, r) float32 where the form is "products" or `prox` (1/eta) is not 0; `age`
-    (0-d float32), the steps since P was drawn, where the learning rate warms up over `warmup` of them; and those of
-    `inner` for a B. Without `decay` the weight decay is taken to be 0, which saves a pass over W.
+    `subspaces` says of each such weight which P it has: those of the same place share one. `stands` gives the weight
+    that a trainable B stands for.
     """
-    holds, inner_gradient = form == "products" or prox > 0, inner.gradient
 
-    def inside(slots: Slots) -> Slots:
-        return {slot.name: slots[slot.name] for slot in inner.slots}
+    subspaces: Mapping[str, str]
+    stands: Mapping[str, str]
+    rank: int
+    period: int
+    key: Key
+    form: str
+    projection: str
+    moments: str
 
-    def init(p: Tensor) -> Slots:
-        b = p.new_zeros(p.shape[0], rank, dtype=torch.float32)
-        apart = {"B": b} if holds else {}
-        aged = {"age": p.new_zeros((), dtype=torch.float32)} if warmup else {}
-        return {"P": p.new_zeros(p.shape[1], rank), **apart, **aged, **inner.init(b)}
+    def init(self, params: Params, step: int = 0) -> State:
+        last = max(step - 1, 0)
+        drawn = self._bases(params, last - last % self.period)
+        state = self.base.init(self._inner(params), step)
+        return {n: self._around(n, params[n], drawn[n], s) if n in drawn else s for n, s in state.items()}
 
-    def inward(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        return (g.float() + prox * slots["B"] if prox else g), inside(slots)
+    def split(self, params: Params, state: State) -> tuple[Params, Params]:
+        trainable, frozen = Params(), Params()
+        for name, w in params.items():
+            if name not in self.subspaces:
+                (trainable if trains(state, name) else frozen)[name] = w
+                continue
+            stem, zero = name.removesuffix("weight"), w.detach().new_zeros(())
+            b = zero.expand(w.shape[0], self.rank)
+            if not trains(state, name):  # frozen by a mask, with its product merged
+                frozen |= {name: w, f"{stem}P": zero.expand(w.shape[1], self.rank), f"{stem}B": b}
+                continue
+            slots = state[name]
+            frozen |= {name: w, f"{stem}P": slots["P"]}
+            b = slots["B"].detach() if self.form == "products" else b
+            trainable[f"{stem}B"] = b.requires_grad_()  # always, or evaluation would be compiled apart
+        return trainable, frozen
 
-    def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
-        assert inner.refresh is not None
-        new, ok = inner.refresh(*inward(g, slots), key, only_missing)
-        return slots | new, ok
+    def parameter_of(self, trained: str) -> str:
+        return self.stands.get(trained) or self.base.parameter_of(trained)
 
-    def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
-        b = slots["B"] if holds else p.new_zeros(()).expand(p.shape[0], rank)
-        still = {**hyper, "weight_decay": torch.zeros_like(hyper["weight_decay"])}
-        aged = {}
-        if warmup:
-            aged = {"age": slots["age"] + 1}
-            still["lr"] = hyper["lr"] * (aged["age"] / warmup).clamp(max=1)
-        step, new = inner.update(*inward(g, slots), b, still)
-        assert step is not None, f"{inner.name} moves its tensor"
-        new = slots | new | aged | ({"B": b + step} if holds else {})
-        delta = step @ slots["P"].float().T if form == "merged" else None
-        if decay:
-            shrink = -hyper["lr"] * hyper["weight_decay"] * p.float()
-            delta = shrink if delta is None else delta + shrink
-        return delta, new
+    def due(self, step: int) -> tuple[str, ...]:
+        now = set(self.base.due(step))
+        if step % self.period == 0:
+            now |= {name for name in self.subspaces if self.owner[name].rule.refresh}
+        return tuple(name for name in self.owner if name in now)
 
-    def export(slots: Slots, p: Tensor) -> Moments:
-        assert inner.export is not None
-        first, second, seen = inner.export(inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32))
-        basis = slots["P"].float()
-        if first is not None:  # the least G with G P = M
-            first = torch.linalg.solve(basis.T @ basis, first.T).T @ basis.T
-        if second is not None:  # E (G P)² = E G² P²: of a row its mean is known, no more
-            second = (second.mean(-1, keepdim=True) * (rank / p.shape[1])).expand(p.shape).contiguous()
-        return Moments(first, second, seen)
+    def switches(self, step: int) -> bool:
+        return (step > 0 and step % self.period == 0) or self.base.switches(step)
 
-    def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
-        assert inner.adopt is not None and moments.first is not None and moments.second is not None
-        basis = slots["P"].float()
-        given = Moments(moments.first @ basis, moments.second @ basis.square(), moments.seen)
-        new, did = inner.adopt(given, inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32), key)
-        return slots | new, f"into a random subspace, {did}"
+    def switch(self, params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+        if step % self.period == 0:
+            params, state = self._renewed(params, state, step, key)
+        if not self.base.switches(step):
+            return params, state
+        params, drawn = dict(params), self._bases(params, step - step % self.period)
+        below, held = State(), State()
+        for name, slots in state.items():
+            own = self._own(name) if name in self.subspaces else ()
+            held[name] = {slot: slots[slot] for slot in own}
+            below[name] = with_status(parked_by(slots), {slot: t for slot, t in slots.items() if slot not in own})
+        _, after = self.base.switch(self._inner(params), below, step, key)
+        for name in [n for n in self.subspaces if n in params and trains(state, n) and not trains(after, n)]:
+            if self.form == "products":
+                params |= merge({name: params[name]}, {name: state[name]})
+            held[name] |= {slot: torch.zeros_like(held[name][slot]) for slot in ("B",) if slot in held[name]}
+        for name in [n for n in after if n in self.subspaces]:
+            whole = {**held[name], **after[name]} if name in held else {}
+            kept = place(with_status(parked_by(after[name]), whole), params[name].device)
+            after[name] = kept if whole else self._around(name, params[name], drawn[name], after[name])
+        return params, after
 
-    apart = (Slot("B", Kind.WEIGHT),) if holds else ()
-    aged = (Slot("age", Kind.COUNTER),) if warmup else ()
-    return replace(
-        inner,
-        name=f"rso {inner.name}",
-        options=Subspace(rank, form, prox, warmup, decay, inner.options),
-        slots=(Slot("P", Kind.BASIS, given=True), *apart, *aged, *inner.slots),
-        gradient=lambda g, slots: inner_gradient(g @ slots["P"].float(), slots),
-        product=(lambda slots: slots["B"] @ slots["P"].float().T) if form == "products" else None,
-        init=init,
-        update=update,
-        refresh=refresh if inner.refresh else None,
-        export=export if inner.export else None,
-        adopt=adopt if inner.adopt else None,
-        elementwise=False,
-    )
+    def merge(self, params: Params, state: State) -> Params:
+        return self.base.merge(merge(params, state) if self.form == "products" else params, state)
+
+    def _renewed(self, params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
+        """A new P for everything, W += B Pᵀ."""
+        params, state, drawn = dict(params), dict(state), self._bases(params, step)
+        for name in [name for name in state if name in self.subspaces]:
+            w, p, rule, parked = params[name], drawn[name], self.base.owner[name].rule, parked_by(state[name])
+            old = place(with_status({}, state[name]), w.device)
+            if self.form == "products" and not parked:
+                seed = torch.tensor(word(key, "merge", name, step), dtype=torch.int32, device=w.device)
+                params[name] = add(w, old["B"] @ old["P"].float().T, seed)
+            kept = {slot.name: old[slot.name] for slot in rule.slots if slot.given or self.moments != "reset"}
+            if self.moments == "transform":
+                turned = old["P"].float().T @ p.float() * (self.rank / len(p))
+                kept |= {slot: old[slot] @ turned for slot in rule.names(Kind.FIRST)}
+            blank = kept if len(kept) == len(rule.slots) else rule.init(self._inner({name: w})[name]) | kept
+            state[name] = self._around(name, w, p, with_status(parked, blank))
+        return params, state
+
+    def _bases(self, params: Params, step: int) -> Params:
+        """The P of each weight here, as drawn at `step`."""
+        drawn: Params = {}
+        for name in (name for name in params if name in self.subspaces):
+            where = self.subspaces[name]
+            if where not in drawn:
+                w, own = params[name], fold(self.key, where, step)
+                drawn[where] = draw(self.projection, own, w.shape[1], self.rank, w.device).to(w.dtype)
+        return {name: drawn[self.subspaces[name]] for name in params if name in self.subspaces}
+
+    def _inner(self, params: Params) -> Params:
+        """What `base` sees: a B, without values, in the place of each weight."""
+        seen = dict(params)
+        for name in params.keys() & self.subspaces.keys():
+            w = params[name]
+            seen[name] = w.new_zeros((), dtype=torch.float32).expand(w.shape[0], self.rank)
+        return seen
+
+    def _own(self, name: str) -> tuple[str, ...]:
+        """The slots that are not those of `base`."""
+        return tuple(s.name for s in self.owner[name].rule.slots if s not in self.base.owner[name].rule.slots)
+
+    def _around(self, name: str, w: Tensor, p: Tensor, slots: Slots) -> Slots:
+        """Slots of `base` for a B, with a P that is new, and B = 0."""
+        sizes = {"P": p, "B": w.new_zeros(w.shape[0], self.rank, dtype=torch.float32)}
+        made = {slot: sizes.get(slot, w.new_zeros((), dtype=torch.float32)) for slot in self._own(name)} | slots
+        return place(with_status(parked_by(slots), made), w.device)
 
 
 def rso(
@@ -160,7 +175,7 @@ def rso(
     moments: str = "reset",
     prox: float = 0.0,
     warmup: int = 0,
-) -> Optimizer:
+) -> Rso:
     """`base`, from `partition`, with the weights `names` ("….weight") moved in subspaces by the rules they have.
 
     The model must have slots of the same names, rank and form (`models.layers.attach`): it sees ….P and ….weight
@@ -186,7 +201,7 @@ def rso(
             f"rso: period must be at least 1, prox and warmup at least 0, got {period}, {prox} and {warmup}"
         )
     rules: dict[tuple[Rule, bool], Rule] = {}  # one object a rule: by them kernels are compiled
-    owner, place = dict(base.owner), dict[str, str]()
+    owner, shared = dict(base.owner), dict[str, str]()
     inputs: dict[str, int] = {}
     for name in under:
         if name not in owner or name not in params or name.rpartition(".")[2] != "weight":
@@ -206,119 +221,26 @@ def rso(
             rule=rules.setdefault(kind, subspace(group.rule, rank, form, prox, warmup, kind[1]))
         )
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        place[name] = f"{parent}.{'+'.join(next((own for own in share if leaf in own), (leaf,)))}"
-        if inputs.setdefault(place[name], w.shape[1]) != w.shape[1]:
-            raise UsageError(f"rso: {name} cannot share {place[name]}'s P, its input has another size; do not share it")
+        shared[name] = f"{parent}.{'+'.join(next((own for own in share if leaf in own), (leaf,)))}"
+        if inputs.setdefault(shared[name], w.shape[1]) != w.shape[1]:
+            raise UsageError(
+                f"rso: {name} cannot share {shared[name]}'s P, its input has another size; do not share it"
+            )
 
-    def bases(params: Params, step: int) -> Params:
-        drawn: Params = {}
-        for name in (name for name in params if name in under):
-            if place[name] not in drawn:
-                w, own = params[name], fold(key, place[name], step)
-                drawn[place[name]] = draw(projection, own, w.shape[1], rank, w.device).to(w.dtype)
-        return {name: drawn[place[name]] for name in params if name in under}
-
-    def inner(params: Params) -> Params:
-        """What `base` sees: a B, without values, in the place of each weight."""
-        seen = dict(params)
-        for name in params.keys() & under.keys():
-            w = params[name]
-            seen[name] = w.new_zeros((), dtype=torch.float32).expand(w.shape[0], rank)
-        return seen
-
-    def own(name: str) -> tuple[str, ...]:
-        return tuple(slot.name for slot in owner[name].rule.slots if slot not in base.owner[name].rule.slots)
-
-    def around(name: str, w: Tensor, p: Tensor, slots: Slots) -> Slots:
-        """Slots of `base` for a B, with a P that is new, and B = 0."""
-        sizes = {"P": p, "B": w.new_zeros(w.shape[0], rank, dtype=torch.float32)}
-        return {slot: sizes.get(slot, w.new_zeros((), dtype=torch.float32)) for slot in own(name)} | slots
-
-    def init(params: Params, step: int = 0) -> State:
-        last = max(step - 1, 0)
-        state, drawn = base.init(inner(params), step), bases(params, last - last % period)
-        for key, slots in state.items():
-            if (name := bare(key)) in under:
-                state[key] = around(name, params[name], drawn[name], slots)
-        return state
-
-    def split(params: Params, state: State) -> tuple[Params, Params]:
-        trainable, frozen = Params(), Params()
-        for name, w in params.items():
-            if name not in under:
-                (trainable if name in state else frozen)[name] = w
-                continue
-            stem, zero = name.removesuffix("weight"), w.detach().new_zeros(())
-            b = zero.expand(w.shape[0], rank)
-            if name not in state:  # frozen by a mask, with its product merged
-                frozen |= {name: w, f"{stem}P": zero.expand(w.shape[1], rank), f"{stem}B": b}
-                continue
-            slots = state[name]
-            frozen |= {name: w, f"{stem}P": slots["P"]}
-            b = slots["B"].detach() if form == "products" else b
-            trainable[f"{stem}B"] = b.requires_grad_()  # always, or evaluation would be compiled apart
-        return trainable, frozen
-
-    def due(step: int) -> tuple[str, ...]:
-        now = set(base.due(step))
-        fresh = {name for name in under if owner[name].rule.refresh} if step % period == 0 else set()
-        return tuple(name for name in owner if name in now | fresh)
-
-    def anew(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
-        """A new P for everything, W += B Pᵀ."""
-        params, state, drawn = dict(params), dict(state), bases(params, step)
-        for where, old in state.items():
-            if (name := bare(where)) not in under:
-                continue
-            w, p, rule = params[name], drawn[name], base.owner[name].rule
-            if form == "products" and where == name:
-                seed = torch.tensor(word(key, "merge", name, step), dtype=torch.int32, device=w.device)
-                params[name] = add(w, old["B"] @ old["P"].float().T, seed)
-            kept = {slot.name: old[slot.name] for slot in rule.slots if slot.given or moments != "reset"}
-            if moments == "transform":
-                turned = old["P"].float().T @ p.float() * (rank / len(p))
-                kept |= {slot: old[slot] @ turned for slot in rule.names(Kind.FIRST)}
-            blank = kept if len(kept) == len(rule.slots) else rule.init(inner({name: w})[name]) | kept
-            state[where] = around(name, w, p, blank)
-        return params, state
-
-    def switch(params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
-        if step % period == 0:
-            params, state = anew(params, state, step, key)
-        if not base.switches(step):
-            return params, state
-        params, drawn = dict(params), bases(params, step - step % period)
-        held = {
-            bare(where): {slot: slots[slot] for slot in own(bare(where))}
-            for where, slots in state.items()
-            if bare(where) in under
-        }
-        plain = {k: {n: t for n, t in slots.items() if n not in held.get(bare(k), {})} for k, slots in state.items()}
-        _, switched = base.switch(inner(params), plain, step, key)
-        for name in [name for name in params if name in under and name in state and name not in switched]:
-            if form == "products":
-                params |= merge({name: params[name]}, {name: state[name]})
-            held[name] |= {slot: torch.zeros_like(held[name][slot]) for slot in ("B",) if slot in held[name]}
-        for where, slots in switched.items():
-            if (name := bare(where)) in under:
-                known = held.get(name)
-                switched[where] = known | slots if known else around(name, params[name], drawn[name], slots)
-        return params, switched
-
-    parameter_of = {**base.parameter_of, **{f"{name.removesuffix('weight')}B": name for name in under}}
-    options = {"form": form, "rank": rank, "period": period, "projection": projection, "moments": moments, "prox": prox}
-    options |= {"warmup": warmup} if warmup else {}
-    return Optimizer(
+    own = {"form": form, "rank": rank, "period": period, "projection": projection, "moments": moments, "prox": prox}
+    own |= {"warmup": warmup} if warmup else {}
+    return Rso(
+        base,
         owner,
-        init,
-        due,
-        split=split,
-        switches=lambda step: (step > 0 and step % period == 0) or base.switches(step),
-        switch=switch,
-        parameter_of=parameter_of,
-        batch=base.batch,
-        metadata={**base.metadata, **{f"rso.{option}": str(value) for option, value in options.items()}},
-        merge=(lambda params, state: base.merge(merge(params, state), state)) if form == "products" else base.merge,
+        {**base.metadata, **{f"rso.{option}": str(value) for option, value in own.items()}},
+        shared,
+        {f"{name.removesuffix('weight')}B": name for name in under},
+        rank,
+        period,
+        key,
+        form,
+        projection,
+        moments,
     )
 
 
@@ -327,5 +249,5 @@ def merge(params: Params, state: State) -> Params:
     return params | {
         name: add(params[name], slots["B"] @ slots["P"].float().T)
         for name, slots in state.items()
-        if "B" in slots and name in params
+        if "B" in slots and name in params and trains(state, name)
     }

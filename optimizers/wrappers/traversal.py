@@ -152,6 +152,14 @@ class Traversal(NamedTuple):
         """The groups that train at a step."""
         return self.members(*self.at(step)[:2])
 
+    def since(self, group: int, step: int) -> int:
+        """The step after the last one, up to `step`, at which a group trained; 0 if it never did."""
+        while step >= 0:
+            if group in self.active(step):
+                return step + 1
+            step -= 1 if self.order == "joint" else self.at(step).step + 1
+        return 0
+
     def entries(self, name: str, numel: int, step: int) -> Tensor:
         """Where masks choose coordinates: the entries of a tensor that train at a step, ascending, int32 (k,)."""
         cycle, mask, _ = self.at(step)

@@ -19,14 +19,15 @@ from engine.checkpoint.tensorfile import TensorFile
 from engine.inspection import measures
 from engine.inspection.measures import MEASURES, compared, look, overlap, spectrum
 from optimizers import linalg
-from optimizers.contract import PARKED, Group
+from optimizers.contract import Group
 from optimizers.linalg import projections
 from optimizers.random import Key, normal
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.snsm import snsm
-from optimizers.wrappers.omgd import scaled
-from optimizers.wrappers.rso import subspace
+from optimizers.state import Parked
+from optimizers.wrappers.masked import scaled
+from optimizers.wrappers.subspace import subspace
 from tools import inspect as tool
 from tools.inspect_report import plain, write_rich
 
@@ -345,7 +346,7 @@ def test_state_that_waits_and_state_that_is_gone(tmp_path, capsys):
         name: gaussian(6, 5) for name in ("model.layers.0.a.weight", "model.layers.1.a.weight", "model.norm.weight")
     }
     names = list(params)
-    state = {names[0]: adamw().init(params[names[0]]), PARKED + names[1]: adamw().init(params[names[1]])}
+    state = {names[0]: adamw().init(params[names[0]]), names[1]: Parked(adamw().init(params[names[1]]), {1: False})}
     path = checkpoint.save(tmp_path / "run", 3, params, state, {}, {})
     content = json.loads(call(capsys, path, "--json")[1])
     assert [one["status"] for one in content["parameters"]] == ["active", "parked", "frozen"]

@@ -1,5 +1,6 @@
 """Training steps of small models beside the same training in plain PyTorch."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from engine.step.segments import cut
 from engine.step.step import Step
 from helpers.models import LR, VOCABULARY, batches, rate
-from optimizers.contract import Group
+from optimizers.contract import Group, Params, State
 from optimizers.partition import partition
 from optimizers.rules.adamw import adamw
+from optimizers.wrappers.wrapper import Wrapper
 
 STEPS, DECAY = 10, 0.1
 EPS = 1e-4  # well above rounding noise in gradients, which Adam would otherwise blow up to full-sized steps
@@ -31,15 +33,20 @@ def make(model: nn.Module, rule=None, loss=None, frozen: tuple[str, ...] = (), *
     params = dict(model.named_parameters())
     optimizer = partition(params, [Group("all", rule or adamw(eps=EPS), ("",), LR, DECAY)])
     if frozen:
-        moving = {name for name in params if name not in frozen}
-        optimizer = optimizer._replace(
-            split=lambda params, state: (
-                {n: p for n, p in params.items() if n in moving},
-                {n: p for n, p in params.items() if n not in moving},
-            )
-        )
+        optimizer = Still(optimizer, optimizer.owner, optimizer.metadata, frozen)
     options = dict(mode="off", logits=VOCABULARY * 8) | options
     return Step(cut(model, loss), params, optimizer, optimizer.init(params), **options)
+
+
+@dataclass(frozen=True, eq=False)
+class Still(Wrapper):
+    """An optimizer that keeps the state of what it does not move."""
+
+    frozen: tuple[str, ...]
+
+    def split(self, params: Params, state: State) -> tuple[Params, Params]:
+        moving = [n for n in params if n not in self.frozen]
+        return {n: params[n] for n in moving}, {n: p for n, p in params.items() if n not in moving}
 
 
 def run(step: Step, accumulation: int = 1, decay: float = DECAY, first: int = 0) -> Run:

@@ -25,7 +25,7 @@ from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import snsm
 from optimizers.rules.sumo import sumo, sumo_paper, sumo_release
 from optimizers.wrappers.omgd import omgd
-from optimizers.wrappers.rso import draw, subspace
+from optimizers.wrappers.subspace import draw, subspace
 from optimizers.wrappers.traversal import coordinates, layers, tensors, traversal
 
 GAP = 5

@@ -10,8 +10,8 @@ from torch import Tensor
 from optimizers import registry
 from optimizers.contract import Kind, Rule, UsageError
 from optimizers.registry import RULES, rule
-from optimizers.wrappers.omgd import gathered, scaled
-from optimizers.wrappers.rso import subspace
+from optimizers.wrappers.masked import gathered, scaled
+from optimizers.wrappers.subspace import subspace
 from tests import rule_table
 
 

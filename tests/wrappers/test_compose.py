@@ -11,12 +11,13 @@ from engine.step.segments import cut
 from engine.step.step import Step
 from models.layers import attach
 from models.llama import Llama, LlamaConfig
-from optimizers.contract import Group, Optimizer, Params, State, UsageError, total_bytes
+from optimizers.contract import Group, Optimizer, Params, State, total_bytes
 from optimizers.partition import partition
 from optimizers.random import Key
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.sgd import sgd
+from optimizers.state import parked_by, with_status
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, tensors, traversal
@@ -38,8 +39,11 @@ def plain(params: Params, rule=None) -> Optimizer:
     return partition(params, [Group("main", rule, (MATRICES,), 0.01), Group("rest", adamw(), ("",), 0.01)])
 
 
-def masked(base: Optimizer, params: Params, policy: str = "drop", seed: int = 1, active: int = 2) -> Optimizer:
-    return omgd(base, params, traversal(layers(params), Key(seed), active=active, period=2), state_policy=policy)
+def masked(
+    base: Optimizer, params: Params, policy: str = "drop", seed: int = 1, active: int = 2, period: int = 2, **options
+) -> Optimizer:
+    masks = traversal(layers(params), Key(seed), active=active, period=period, **options)
+    return omgd(base, params, masks, state_policy=policy)
 
 
 def low(base: Optimizer, params: Params, form: str = "merged", **options) -> Optimizer:
@@ -47,8 +51,14 @@ def low(base: Optimizer, params: Params, form: str = "merged", **options) -> Opt
     return rso(base, params, names, 4, PERIOD, Key(7), form, **options)
 
 
-def narrow(base: Optimizer, params: Params) -> Optimizer:
-    return omgd(base, params, traversal(tensors(params, (MATRICES,)), Key(3), keep=0.5, period=3))
+def narrow(base: Optimizer, params: Params, policy: str = "drop") -> Optimizer:
+    masks = traversal(tensors(params, (MATRICES,)), Key(3), keep=0.5, period=3)
+    return omgd(base, params, masks, state_policy=policy)
+
+
+def twice(inner: str, outer: str, base: Optimizer, params: Params, **options) -> Optimizer:
+    """Masks over masks: of 3 layers that one lets train for 3 steps, another lets those train that are among its 2."""
+    return masked(masked(base, params, inner, active=3, period=3), params, outer, seed=2, **options)
 
 
 COMPOSED: dict[str, tuple[Callable[[Params], Optimizer], str]] = {
@@ -64,6 +74,31 @@ COMPOSED: dict[str, tuple[Callable[[Params], Optimizer], str]] = {
     "omgd over omgd": (lambda p: masked(masked(plain(p), p, active=3), p, seed=2), ""),
     "omgd over masks of tensors": (lambda p: masked(narrow(plain(p), p), p), ""),
     "omgd over omgd over rso": (lambda p: masked(masked(low(plain(p), p), p, active=3), p, seed=2), "merged"),
+    "omgd keep over omgd keep": (lambda p: twice("keep", "keep", plain(p), p), ""),
+    "omgd keep over omgd drop": (lambda p: twice("drop", "keep", plain(p), p), ""),
+    "omgd drop over omgd keep": (lambda p: twice("keep", "drop", plain(p), p), ""),
+    "omgd offload over omgd keep": (lambda p: twice("keep", "offload", plain(p), p), ""),
+    "lisa keep over omgd keep": (lambda p: twice("keep", "keep", plain(p), p, replacement=True), ""),
+    "omgd keep over omgd keep over galore": (lambda p: twice("keep", "keep", plain(p, galore(2, 4)), p), ""),
+    "omgd keep over omgd keep over rso, products": (
+        lambda p: twice("keep", "keep", low(plain(p), p, "products"), p),
+        "products",
+    ),
+    "omgd keep over omgd drop over rso": (lambda p: twice("drop", "keep", low(plain(p), p), p), "merged"),
+    "omgd keep over rso over omgd keep": (
+        lambda p: masked(low(masked(plain(p), p, "keep", active=3, period=3), p, "products"), p, "keep", seed=2),
+        "products",
+    ),
+    "rso over omgd keep over omgd keep": (lambda p: low(twice("keep", "keep", plain(p), p), p), "merged"),
+    "omgd keep over masks of tensors, keep": (lambda p: masked(narrow(plain(p), p, "keep"), p, "keep"), ""),
+    "omgd keep over omgd keep over omgd keep": (
+        lambda p: masked(twice("keep", "keep", plain(p), p), p, "keep", seed=4, active=3, period=1),
+        "",
+    ),
+    "omgd, joint order, over omgd keep": (
+        lambda p: masked(masked(plain(p), p, "keep", active=3, period=3), p, "keep", seed=2, order="joint"),
+        "",
+    ),
     "omgd over rso over sgd without state": (lambda p: masked(low(plain(p, sgd(0.0)), p), p), "merged"),
 }
 each = pytest.mark.parametrize("name", COMPOSED)
@@ -97,7 +132,7 @@ def train(step: Step, steps: range) -> list[float]:
 
 
 def shapes(state: State) -> dict:
-    return {key: {slot: (t.shape, t.dtype) for slot, t in slots.items()} for key, slots in state.items()}
+    return {n: (parked_by(slots), {s: (t.shape, t.dtype) for s, t in slots.items()}) for n, slots in state.items()}
 
 
 @each
@@ -106,7 +141,7 @@ def test_a_composition_learns_and_resumes_bitwise_anywhere(name):
     whole, losses = engine(name), []
     for step in range(STEPS):
         weights = {n: p.detach().clone() for n, p in whole.params.items()}
-        state = {key: {slot: t.clone() for slot, t in slots.items()} for key, slots in whole.state.items()}
+        state = {n: with_status(parked_by(s), {k: t.clone() for k, t in s.items()}) for n, s in whole.state.items()}
         expected = whole.optimizer.init(whole.params, step)
         assert shapes(expected) == shapes(state), "what a resumed run expects to find"
         assert list(expected) == list(state)
@@ -152,7 +187,24 @@ def test_state_is_the_product_of_both_savings():
         assert held(made) / alone == pytest.approx((mask / alone) * (subspace / alone), rel=1e-6)
 
 
-def test_masks_over_masks_drop_what_is_frozen():
-    params = dict(Llama(SHAPE, seed=0).named_parameters())
-    with pytest.raises(UsageError, match="masks over masks drop .* got state_policy 'keep' over 'drop'"):
-        masked(masked(plain(params), params), params, "keep")
+def test_what_one_of_two_masks_freezes_is_parked_by_that_one():
+    """And what neither freezes trains; what was kept returns with the moments that it left with."""
+    step = engine("omgd offload over omgd keep")
+    outer, inner = step.optimizer.masks, step.optimizer.base.masks
+    seen, left = set(), {}
+    for t in range(STEPS):
+        step.switch(t)
+        for i in range(SHAPE.num_hidden_layers):
+            name = f"model.layers.{i}.mlp.up_proj.weight"
+            slots = step.state[name]
+            by = dict(parked_by(slots))
+            if i in outer.active(t):
+                assert by == ({} if i in inner.active(t) else {1: False}), (t, i)
+            else:  # what the inner mask made of it meanwhile, it makes up for at its return
+                assert by[2] is True, (t, i)
+            seen.add(tuple(by))
+            if name in left:
+                assert torch.equal(left[name], slots["exp_avg"]), (t, i)
+        train(step, range(t, t + 1))
+        left = {n: s["exp_avg"].clone() for n, s in step.state.items() if "up_proj" in n}
+    assert seen == {(), (1,), (2,), (1, 2)}

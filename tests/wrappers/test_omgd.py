@@ -10,9 +10,10 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 
 from optimizers.apply import update
-from optimizers.contract import PARKED, Rule, UsageError
+from optimizers.contract import Rule, UsageError
 from optimizers.rules.adamw import adamw
 from optimizers.rules.sgd import sgd
+from optimizers.state import Parked, trains
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import (
     coordinates,
@@ -48,7 +49,7 @@ def test_masked_gradients_of_a_cycle_sum_to_those_of_every_mask_and_sample(kind,
     total = {name: torch.zeros_like(p) for name, p in params.items()}
     for step in range(masks.length):
         state = optimizer.init(params, step + 1)
-        grads = {name: g for name, g in gradients(masks.batch(step) % n).items() if name in state}
+        grads = {name: g for name, g in gradients(masks.batch(step) % n).items() if trains(state, name)}
         moved, _ = update(optimizer, grads, state, params, one)
         for name in total:
             total[name] += params[name] - moved[name]
@@ -96,11 +97,11 @@ def test_what_is_frozen_stands_still(kind, rule, policy):
         parked = {
             key: {slot: t.clone() for slot, t in slots.items()}
             for key, slots in step.state.items()
-            if key.startswith(PARKED)
+            if isinstance(slots, Parked)
         }
         result = step(batches(i), hypers(step.optimizer, i), i)
         trained = {name for names, _ in result.squares for name in names}
-        assert trained == {name for name in step.params if name in step.state}
+        assert trained == {name for name in step.params if trains(step.state, name)}
         for name, p in step.params.items():
             moved = p.detach() != before[name]
             if name not in trained:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from engine import checkpoint
 from models.llama import Llama
-from optimizers.contract import PARKED, Group, Optimizer, Rule
+from optimizers.contract import Group, Optimizer, Rule
 from optimizers.partition import partition
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import snsm
+from optimizers.state import parked_by, trains
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import (
     describe,
@@ -100,8 +101,9 @@ def test_what_is_dropped_starts_anew_and_what_is_kept_goes_on():
         own = f"model.layers.{active}.mlp.up_proj.weight"
         ends[policy] = step.state[own]["step"].item()
         other = f"model.layers.{1 - active}.mlp.up_proj.weight"
-        assert other not in step.state
-        assert (PARKED + other in step.state) == (policy != "drop")
+        assert not trains(step.state, other)
+        by = {"drop": {}, "keep": {1: False}, "offload": {1: True}}[policy]
+        assert parked_by(step.state.get(other, {})) == by
         assert step.state["lm_head.weight"]["step"] == 8, "always active, never dropped"
     assert ends == {"drop": 2, "keep": 5, "offload": 5}
 

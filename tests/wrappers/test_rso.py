@@ -19,7 +19,8 @@ from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import snsm
 from optimizers.rules.sumo import sumo
-from optimizers.wrappers.rso import SHARED, draw, merge, rso
+from optimizers.wrappers.rso import SHARED, merge, rso
+from optimizers.wrappers.subspace import draw
 
 INNER = {
     "adamw": adamw(),
