@@ -8,8 +8,8 @@ Text is only ever text: "<|endoftext|>" written in a document is encoded as the 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Tokenizer:
     """What a user should know of the choice of `eos`."""
     spans: Spans | None = None
     """Many texts to ids with their characters, marks such as `<|im_end|>` read as marks; None: it has none."""
+    marks: Mapping[int, str] = field(default_factory=dict)
+    """Those marks by id; `decode` passes over the special ones."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -130,7 +132,7 @@ def _byte() -> Tokenizer:
     def unpack(ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-    return Tokenizer("byte", 257, 256, "byte", pack, unpack, spans=byte_spans)
+    return Tokenizer("byte", 257, 256, "byte", pack, unpack, spans=byte_spans, marks={256: END_OF_TEXT[0]})
 
 
 def _huggingface(name: str, path: Path, eos: str | int | None) -> Tokenizer:
@@ -220,6 +222,7 @@ def _wrap(
         tuple(said.items()),
         remark,
         spanning(core),
+        {i: token.content for i, token in core.get_added_tokens_decoder().items()},
     )
 
 

@@ -51,12 +51,16 @@ class ConversationTask(Task):
         pack: bool = True,
     ) -> None:
         """`longer`: what becomes of examples longer than the sequence; `pack`: several examples a row; `align`: rows of
-        a step, where epochs must be whole steps. Raises UsageError for an example that does not fit, and for a model
-        whose vocabulary is smaller than the tokenizer's."""
+        a step, where epochs must be whole steps. Raises UsageError for an example that does not fit, for a model whose
+        vocabulary is smaller than the tokenizer's, and for one of fewer positions than the sequence."""
         if (known := config.get("vocab_size", examples.vocab_size)) < examples.vocab_size:
             raise UsageError(
                 f"vocabulary: got a model of {known:,} tokens, expected the tokenizer's {examples.vocab_size:,} at "
                 "least; prepare the examples with the checkpoint's own tokenizer"
+            )
+        if (positions := config.get("max_position_embeddings", sequence)) < sequence:
+            raise UsageError(
+                f"--sequence: got {sequence:,}, expected at most max_position_embeddings = {positions:,}; shorten it"
             )
         self.model, self.sequence, self.seed, self.align = model, sequence, seed, align
         self.eval_rows, self.longer, self.pack, self._config = eval_rows, longer, pack, dict(config)
@@ -99,13 +103,5 @@ class ConversationTask(Task):
 
     def in_words(self) -> list[str]:
         """What a user should know of the examples before the first step, a line each."""
-        lines = [self.train.examples.format]
-        for name, packed in (("train", self.train), ("held out", self.held_out)):
-            trained = packed.examples.trained.sum() / packed.examples.sizes.sum()
-            lines.append(
-                f"{name}: {len(packed.fit.kept):,} examples in {len(packed.rows):,} rows of {self.sequence:,} tokens, "
-                f"{packed.filled:.1%} of them filled, {trained:.1%} of what fills them trained"
-            )
-            if line := packed.fit.in_words(self.sequence):
-                lines.append(f"{name}: {line}")
-        return lines
+        held_out = f"held out: {self.held_out.in_words()}"
+        return [self.train.examples.format, f"train: {self.train.in_words()}", held_out]

@@ -15,6 +15,7 @@ from engine.data import request as requests
 from engine.data.chat.prepare import cached, prepare
 from engine.data.chat.reader import Examples
 from engine.data.chat.request import ChatRequest, looks_like_chat
+from engine.data.chat.show import marked
 from engine.data.chat.template import load_template
 from optimizers.contract import UsageError
 
@@ -41,15 +42,8 @@ def made(tmp_path: Path, rows: list[Any], model: Path | str, name: str = "out", 
 
 def shown(folder: Path, k: int = 0) -> str:
     """An example's text with what is trained in brackets."""
-    tokenizer, examples = tokenizer_of(folder), Examples(folder)
-    assert tokenizer.spans is not None
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["added_tokens"] if tokenizer.files else []
-    marks = {token["id"]: token["content"] for token in vocabulary}
-    text, before = "", False
-    for i, trained in zip(*(values.tolist() for values in examples.read(k)), strict=True):
-        text += ("⟦" if trained else "⟧") * (trained != before) + (marks.get(i) or tokenizer.decode([i]))
-        before = trained
-    return text + "⟧" * before
+    ids, trained = Examples(folder).read(k)
+    return marked(tokenizer_of(folder), ids.tolist(), trained.tolist(), colour=False).plain
 
 
 @pytest.mark.parametrize(

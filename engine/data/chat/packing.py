@@ -96,6 +96,16 @@ class Packed:
         self.filled = float(sizes.sum() / (len(self.rows) * sequence))
         self.epochs = Epochs(len(self.rows), seed, align)
 
+    def in_words(self) -> str:
+        """How examples fill the rows, and what was cut."""
+        trained = self.examples.trained.sum() / self.examples.sizes.sum()
+        cut = self.fit.in_words(self.sequence)
+        rows = f"{several(len(self.rows), 'row')} of {self.sequence:,} tokens"
+        return (
+            f"{several(len(self.fit.kept), 'example')} in {rows}; "
+            f"{self.filled:.1%} of them filled, {trained:.1%} of that trained" + (f"; {cut}" if cut else "")
+        )
+
     def batch(self, position: int, size: int) -> dict[str, Tensor]:
         """The rows at `position`, ..., `position + size - 1`: int64 (size, sequence) `input_ids`, `targets` (shifted
         already; IGNORED where nothing is trained), `positions` (from 0 in each document), `documents` (a number for
