@@ -16,14 +16,14 @@ help:            ## Show this list
 demo: $(READY)   ## Train a small model with SUMO, SNSM and AdamW, in about 5 minutes
 	$(BIN)/python -m recipes.demo $(DEMO)
 
-quick: $(READY)  ## Run the tests of the inner loop: nothing that compiles, trains a run or starts a process
+quick: $(READY)  ## Run the tests of the inner loop in about a minute: nothing that compiles, trains a run or starts a process
 	$(BIN)/python -m pytest -q -m "not slow and not run and not compiles" -n $(WORKERS) --dist worksteal
 
-test: $(READY)   ## Run the tests, without the slow ones
+test: $(READY)   ## Run the tests without the slow ones, in about 5 minutes on two cores
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-slow: $(READY)   ## Run the slow tests alone, in about half an hour
-	$(BIN)/python -m pytest -q -m slow
+slow: $(READY)   ## Run the slow tests alone, in about half an hour on two cores
+	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist worksteal
 
 lint: $(READY)   ## Check style, format and types
 	$(BIN)/ruff check .

@@ -59,4 +59,4 @@ def run(out: Path, plain: bool = False, seed: int = 0, **settings: Any) -> Fit:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), plain="plain" in sys.argv, resume="auto", steps=400, save_every=10, keep_last=3)
+    run(Path(sys.argv[1]), plain="plain" in sys.argv, resume="auto", steps=200, save_every=10, keep_last=3)

@@ -14,7 +14,7 @@ from engine.planner.plan import Built, plan
 from engine.step.segments import cut
 from engine.step.step import Step
 from engine.tasks.config import LanguageConfig
-from models.llama import PRESETS, LlamaConfig
+from models.llama import LlamaConfig
 from optimizers.contract import Group, state_bytes, total_bytes
 from optimizers.partition import partition
 from optimizers.rules.adamw import adamw
@@ -105,6 +105,7 @@ def test_what_costs_memory_is_seen(options):
             for recompute in (False, True)
             for shape in SIZES
             if (method, recompute, shape) != ("snsm", True, "weights")
+            and (shape == "weights" or method in ("adamw", "omgd", "rso"))  # a rule changes no activation
         ),
     ],
 )
@@ -212,9 +213,11 @@ def test_on_cuda_storages_are_rounded_and_the_context_is_counted():
 
 
 @pytest.mark.run
-def test_seven_billion_parameters_are_planned_without_them():
+def test_billions_of_parameters_are_planned_without_them():
+    """As wide as 30B has it, with two of its layers, as each takes a second to plan."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = predicted("adamw", PRESETS["7b"], settings(1, 2048, recompute=True, precision="bf16"))
+    wide = LlamaConfig(32000, 6656, 17920, 2, 52)
+    found = predicted("adamw", wide, settings(1, 2048, recompute=True, precision="bf16"))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert found.weights > 12 * 2**30
+    assert found.weights > 2.5 * 2**30
     assert grown < 2**30

@@ -153,6 +153,7 @@ def test_experts_move_as_if_each_were_alone(name, shape):
     assert torch.equal(p[1], randn(4, *shape)[1]), "no gradient, no step"
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_compiled_equals_eager_and_holds_one_tensor_of_full_size():
     """Stacks, as the property table compares matrices; and of full size the lifted update alone, the rest is fused."""

@@ -127,7 +127,7 @@ def saved_units(form: str | None, share: tuple = (), mode: str = "off") -> float
         (None, (), "off", 20.77, 22),
         ("merged", (), "off", 17, 17.84),
         ("products", (), "off", 17, 17.84),
-        (None, (), "segments", 16.09, 18),
+        pytest.param(None, (), "segments", 16.09, 18, marks=slow),
         pytest.param("merged", (), "segments", 13, 13.15, marks=slow),
         ("merged", SHARED, "segments", 12, 12.40),
         pytest.param("products", (), "segments", 13, 13.15, marks=slow),
