@@ -8,6 +8,7 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -85,8 +86,8 @@ def respelled(config: TrainConfig, words: Sequence[str]) -> list[str]:
 
 
 def asked(config: Config, words: Sequence[str]) -> Config:
-    """`config` under the rule that the command line names, if any. Raises UsageError where it names two, or a flag is
-    an option of other rules only."""
+    """`config` under the rule that the command line names, if any. Raises UsageError where it names two or an unknown
+    one, or a flag is an option of other rules only."""
     named = [
         value if equals else (words[i + 1] if i + 1 < len(words) else "")
         for i, word in enumerate(words)
@@ -95,11 +96,15 @@ def asked(config: Config, words: Sequence[str]) -> Config:
     ]
     if len(set(named)) > 1:
         raise UsageError(f"--{OPTIMIZER}: got {' and '.join(dict.fromkeys(named))}, expected one")
-    rules = config.rules()
-    under: Config = config.under(named[0]) if named and named[0] in rules else config  # else the parser lists them
-    own = {f"--{f.name}".replace("_", "-") for f in dataclasses.fields(config)} | _options(
-        under, rules[under.optimizer]
-    )
+    rules, under = config.rules(), config
+    if named and named[0] and not named[0].startswith("-"):  # else the parser says that a value is missing
+        if named[0] not in rules:
+            near = get_close_matches(named[0], rules, 1)
+            hint = f"; perhaps {near[0]}" if near else ""
+            raise UsageError(f"--{OPTIMIZER}: got {named[0]!r}, expected one of {', '.join(rules)}{hint}")
+        under = config.under(named[0])
+    own = {f"--{f.name}".replace("_", "-") for f in dataclasses.fields(config)}
+    own |= _options(under, rules[under.optimizer])
     for word in words:
         flag = word.partition("=")[0].replace("_", "-")
         if not {flag, flag.replace("--no-", "--", 1)} & own and (having := _having(under, flag)):
@@ -126,7 +131,7 @@ def offered(config: Any) -> Any:
     if not isinstance(config, TrainConfig):
         return config
     names: Any = Literal[tuple(config.rules())]
-    options = _offered(config)
+    options = _flagged(config)
     shown: list[tuple[str, Any, Any]] = [
         (OPTIMIZER, names, dataclasses.field()),
         ("options", Annotated[type(options), tyro.conf.arg(name="")], dataclasses.field()),
@@ -138,7 +143,7 @@ def offered(config: Any) -> Any:
     return made(**{**_values(config), "options": options})
 
 
-def _offered(config: TrainConfig) -> Any:
+def _flagged(config: TrainConfig) -> Any:
     """The options, as an instance of a class that says the flags that are not named as the option."""
     options, shown = config.options, list[tuple[str, Any, Any]]()
     hints = typing.get_type_hints(type(options), include_extras=True)

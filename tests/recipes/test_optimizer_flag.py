@@ -102,6 +102,7 @@ def test_other_names_of_flags_mean_the_same_and_help_says_so(other, same):
         ("baseline --match lm_head", "--match: AdamW trains everything here"),
         ("baseline --optimizer sgd --optimizer muon", "--optimizer: got sgd and muon, expected one"),
         ("omgd pretrain --over sgd --optimizer muon", "--optimizer: got sgd and muon, expected one"),
+        ("baseline --optimizer galor --rank 4", "--optimizer: got 'galor', expected one of adamw, sgd, muon, galore"),
         ("snsm demo --optimizer lisa", "--optimizer: got 'lisa', expected one of adamw, sgd"),
         ("sumo condition --optimizer galore", "--optimizer: got 'galore', expected one of sumo, sumo_paper"),
         ("sumo demo --profile best", "--profile: got 'best', expected one of recommended, paper, release"),
