@@ -33,6 +33,7 @@ def planned(
 
     def built() -> Built:
         params = run.place("cpu", fill=False)
-        return Built(cut(run.model), params, run.optimizer, lambda rows: blank(rows, config.sequence), run.key)
+        apart = config.documents == "apart"
+        return Built(cut(run.model), params, run.optimizer, lambda rows: blank(rows, config.sequence, apart), run.key)
 
     return plan(built, config, device, () if last is None or device == "cuda" else (last,))

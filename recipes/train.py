@@ -95,6 +95,7 @@ def _trained(
         seed=config.seed,
         align=size if config.align else 1,
         eval_windows=config.eval_windows,
+        apart=config.documents == "apart",
     )
     _introduce(run, task, text, console)
     if config.dry_run:

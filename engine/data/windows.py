@@ -78,10 +78,10 @@ class Tokens:
 
 class Batches:
     """Windows of `seq` tokens, in a new pseudo-random order each epoch, forever: see `Epochs`. Blanks are rows without
-    any target."""
+    any target. With `apart`, batches say which document each token belongs to."""
 
-    def __init__(self, tokens: Tokens, seq: int, seed: int = 0, align: int = 1) -> None:
-        self.tokens, self.seq, self.seed = tokens, seq, seed
+    def __init__(self, tokens: Tokens, seq: int, seed: int = 0, align: int = 1, apart: bool = False) -> None:
+        self.tokens, self.seq, self.seed, self.apart = tokens, seq, seed, apart
         self.windows = tokens.windows(seq)
         self.epochs = Epochs(self.windows, seed, align)
         self.epoch = self.epochs.length  # positions in one
@@ -91,7 +91,10 @@ class Batches:
         return self.epochs.which(position, size)
 
     def batch(self, position: int, size: int) -> dict[str, Tensor]:
-        """`input_ids` and `targets`, int64 (size, seq). Targets are shifted already; IGNORED ones count for nothing."""
+        """`input_ids` and `targets`, int64 (size, seq). Targets are shifted already; IGNORED ones count for nothing.
+
+        With `apart` also `documents` and `positions`, of the same shape: see `borders`.
+        """
         rows = [self.tokens.window(int(k), self.seq) if k >= 0 else self._blank for k in self.which(position, size)]
         return self._stack(rows)
 
@@ -110,10 +113,22 @@ class Batches:
     def _blank(self) -> tuple[Ints, Ints]:
         return np.full(self.seq, self.tokens.eos), np.full(self.seq, IGNORED)
 
-    @staticmethod
-    def _stack(rows: list[tuple[Ints, Ints]]) -> dict[str, Tensor]:
-        inputs, targets = zip(*rows, strict=True)
-        return {"input_ids": torch.from_numpy(np.stack(inputs)), "targets": torch.from_numpy(np.stack(targets))}
+    def _stack(self, rows: list[tuple[Ints, Ints]]) -> dict[str, Tensor]:
+        inputs, targets = (np.stack(values) for values in zip(*rows, strict=True))
+        fields = {"input_ids": inputs, "targets": targets}
+        if self.apart:
+            fields["documents"], fields["positions"] = borders(inputs, self.tokens.eos)
+        return {name: torch.from_numpy(values) for name, values in fields.items()}
+
+
+def borders(ids: Ints, eos: int) -> tuple[Ints, Ints]:
+    """Of every token of windows (B, T), the number of its document in the window and its position in it, from 0.
+
+    A document begins with the `eos` that ended the one before: so its first token is predicted from that alone.
+    """
+    begins = ids == eos
+    place = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    return begins.cumsum(1), place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
 
 
 def mapped(path: Path, tokens: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

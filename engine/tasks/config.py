@@ -1,6 +1,7 @@
 """Settings of a run on text, beside those of every run."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..config import RunConfig
 
@@ -28,6 +29,9 @@ class LanguageConfig(RunConfig):
     """The share of the text's characters that the tokenizer may be unable to say; above it nothing is trained."""
     sequence: int = 256
     """Tokens per sequence."""
+    documents: Literal["joined", "apart"] = "joined"
+    """Apart: no document of a sequence sees another one, and positions restart in each; joined: a token sees whatever
+    stands before it."""
     eval_windows: int = 64
     """Held-out sequences per evaluation."""
 

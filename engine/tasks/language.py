@@ -16,16 +16,18 @@ from ..task import Task
 MOST = 700.0  # exp of more is no float
 
 
-def blank(rows: int, sequence: int) -> Batch:
+def blank(rows: int, sequence: int, apart: bool = False) -> Batch:
     """A batch of the task's shapes and dtypes, on the current device, that says nothing: what a plan needs of it."""
-    return {name: torch.zeros(rows, sequence, dtype=torch.int64) for name in ("input_ids", "targets")}
+    names = ("input_ids", "targets", *(("documents", "positions") if apart else ()))
+    return {name: torch.zeros(rows, sequence, dtype=torch.int64) for name in names}
 
 
 class LanguageTask(Task):
     """Windows of `sequence` tokens of a prepared text, in a new pseudo-random order each epoch.
 
     The loss is the mean cross-entropy of a token, in nats. Evaluation reads `eval_windows` windows of the held-out
-    text, evenly spaced over it, or all where there are no more. `config` is the model's in Hugging Face form.
+    text, evenly spaced over it, or all where there are no more. `config` is the model's in Hugging Face form. With
+    `apart` no document of a window sees another one, and positions restart in each.
     """
 
     unit = "tokens"
@@ -42,12 +44,13 @@ class LanguageTask(Task):
         seed: int = 0,
         align: int = 1,
         eval_windows: int | None = None,
+        apart: bool = False,
     ) -> None:
         """`align`: rows of a step, where epochs must be whole steps. Raises UsageError where a text is too short."""
         self.model, self.sequence, self.seed, self.align = model, sequence, seed, align
         self.eval_windows, self._config = eval_windows, dict(config)
-        self.train = Batches(tokens, sequence, fold(seed, "data"), align)
-        self.held_out = Batches(held_out, sequence)
+        self.train = Batches(tokens, sequence, fold(seed, "data"), align, apart)
+        self.held_out = Batches(held_out, sequence, apart=apart)
         self.rows = self.train.windows
 
     def segments(self) -> Sequence[Segment]:

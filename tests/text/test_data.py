@@ -17,7 +17,10 @@ from helpers.texts import prepared
 
 from engine.data import IGNORED, Batches, Tokens, read_index, tokenizer_of
 from engine.data.order import order, spaced
+from engine.data.prepare import prepare
+from engine.data.request import Request
 from engine.data.text import documents, standard_library
+from engine.data.windows import borders
 from optimizers.contract import UsageError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -275,3 +278,27 @@ def test_a_part_of_the_held_out_text_is_spread_evenly_over_it(tmp_path: Path) ->
             assert len(set(chosen)) == len(chosen) == min(limit or rows, rows)
             gaps = {b - a for a, b in pairwise([*chosen, chosen[0] + rows])}
             assert max(gaps) - min(gaps) <= 1 and chosen[0] >= 0 and chosen[-1] < rows
+
+
+# Documents apart
+
+
+def test_borders_begin_with_the_end_of_the_document_before() -> None:
+    documents, positions = borders(np.array([[5, 9, 6, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 9]]), eos=9)
+    assert documents.tolist() == [[0, 1, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]]
+    assert positions.tolist() == [[0, 0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0]]
+
+
+def test_windows_say_their_documents_only_where_they_are_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 9)
+    request = Request(data=tuple(str(tmp_path / f"{name}.txt") for name in "ab"), validation_fraction=0.3)
+    tokens = Tokens(prepare(tmp_path / "two", request))
+    joined, apart = Batches(tokens, seq=6), Batches(tokens, seq=6, apart=True)
+    batch, more = joined.batch(0, 4), apart.batch(0, 4)
+    assert batch.keys() == {"input_ids", "targets"} and more.keys() == {*batch, "documents", "positions"}
+    assert all(torch.equal(batch[name], more[name]) for name in batch)
+    expected = borders(batch["input_ids"].numpy(), tokens.eos)
+    for name, values in zip(("documents", "positions"), expected, strict=True):
+        assert more[name].dtype == torch.int64 and more[name].tolist() == values.tolist()
+    assert [b["documents"].shape for b in apart.evaluation(3, 1)] == [(3, 6)]
