@@ -118,11 +118,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not self._started:
             super().add_param_group(param_group)
             return
-        added = 1 + max(group["added"] for group in self.param_groups)
-        for group in self._prepared([param_group], added):
-            super().add_param_group(group)
-        self._assemble()
-        self._fill(added)
+        added, before = 1 + max(group["added"] for group in self.param_groups), list(self.param_groups)
+        try:
+            for group in self._prepared([param_group], added):
+                super().add_param_group(group)
+            self._assemble()
+            self._fill(added)
+        except ValueError:
+            self.param_groups = before
+            self._assemble()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -150,6 +155,15 @@ class RuleOptimizer(torch.optim.Optimizer):
     def named_state(self) -> State:
         """The state by the names of the parameters, as the engine keeps it; the tensors are those of the optimizer."""
         return {name: self.state[p] for group in self.param_groups for name, p in _named(group)}
+
+    def owners(self) -> dict[str, Group]:
+        """Every parameter's group, as the engine knows it, by name."""
+        owner = {}
+        for group, rule in zip(self.param_groups, self._rules, strict=True):
+            lr, decay = float(group["lr"]), float(group["weight_decay"])
+            made = Group(group["name"], rule, (), lr, decay, group["why"])
+            owner |= {name: made for name, _ in _named(group)}
+        return owner
 
     @torch.no_grad()
     def load_named_state(self, state: Mapping[str, Slots], count: int) -> None:
@@ -204,7 +218,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not any(group["params"] for group in groups):
             raise UsageError("params: every parameter is frozen (requires_grad=False); unfreeze what is to be trained")
         self._left |= {name: weakref.ref(p) for name, p in frozen.items()}
+        called = [group["name"] for group in self.param_groups] if self._started else []
         for group in groups:
+            same = sum(name.partition("#")[0] == group["name"] for name in called)
+            group["name"] += f"#{same + 1}" if same else ""
+            called.append(group["name"])
             group["param_names"] = [name for name, _ in group["params"]]
             group["params"] = [p for _, p in group["params"]]
             group |= {"added": added, "count": 0}
@@ -236,6 +254,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _fill(self, added: int) -> None:
         """A fresh state for the parameters that came with this number."""
+        plugged.check_groups(self.param_groups, self._rules, self._shapes, REFUSED)
         params = {n: p for group in self.param_groups if group["added"] == added for n, p in _named(group)}
         state = self._optimizers[added].init({name: p.detach() for name, p in params.items()})
         for name, slots in state.items():

@@ -68,7 +68,7 @@ def save(
             tensorfile.write(fresh / MODEL, params, {}, made)
             if apart:
                 tensorfile.write(fresh / WEIGHTS, {name: params[name] for name in apart}, {})
-            tensorfile.write(fresh / OPTIMIZER, _flatten(state), {**(header or {}), **write_status(state)})
+            tensorfile.write(fresh / OPTIMIZER, flatten(state), {**(header or {}), **write_status(state)})
             write_json(fresh / CONFIG, model_config)
             data = (*DATA, WEIGHTS) if apart else DATA
             files = {name: {"bytes": (fresh / name).stat().st_size, "sha256": digest(fresh / name)} for name in data}
@@ -145,7 +145,8 @@ def _recover(root: Path) -> None:
         shutil.rmtree(fresh)
 
 
-def _flatten(state: State) -> dict[str, Tensor]:
+def flatten(state: State) -> dict[str, Tensor]:
+    """The state under `<param>/<slot>`. Raises CheckpointError for a name with a slash in it."""
     for owner in state:
         if "/" in owner:
             raise CheckpointError(f"state of {owner!r}: a parameter's name must not contain '/'; rename the module")

@@ -1,0 +1,86 @@
+"""The state of a plugged-in optimizer as the engine writes it: `optimizer.safetensors`, in both directions.
+
+save_state(opt, Path("out/optimizer.safetensors"))      beside whatever else a host saves
+load_state(opt, Path("out/optimizer.safetensors"))      or a checkpoint of the engine: runs/sumo/step-00001000
+"""
+
+import json
+import os
+from pathlib import Path
+
+from optimizers.contract import State, UsageError
+from optimizers.torch_optim import RuleOptimizer
+
+from .reader import read
+from .rules import RuleRecord, read_rules, rules_head
+from .store import flatten
+from .tensorfile import CheckpointError, TensorFile, write
+
+COUNT = "count"  # in the head: steps that were taken
+
+
+def save_state(opt: RuleOptimizer, file: Path) -> None:
+    """Write the state and who owns what to `file`, whole or not at all; it holds tensors and JSON, no code.
+
+    Raises CheckpointError where it cannot be read back as it is, UsageError where groups were added later: the engine
+    has one clock for all; OSError where the disk refuses.
+    """
+    counts = sorted({group["count"] for group in opt.param_groups})
+    if len(counts) > 1:
+        raise UsageError(f"groups have taken {counts} steps, expected one number; save opt.state_dict() instead")
+    state = opt.named_state()
+    head = {**rules_head(opt.owners(), 1.0), "owners": json.dumps(list(state)), COUNT: str(counts[0])}
+    fresh = file.with_name(f".{file.name}.tmp")
+    try:
+        write(fresh, flatten(state), head)
+        os.replace(fresh, file)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def load_state(opt: RuleOptimizer, source: Path, count: int | None = None) -> int:
+    """Put a state that `save_state` or the engine wrote into `opt`, bit by bit; returns the steps that it counts.
+
+    `source` is a file or a checkpoint's folder, which is verified. `count` is for a file of the engine without its
+    folder, which does not say how many steps were taken. Weights are not touched. Raises CheckpointError where it is
+    damaged, of another rule or options or of a wrapped optimizer, UsageError where names, shapes or dtypes differ,
+    having changed nothing.
+    """
+    if source.is_dir():
+        reader = read(source)
+        file, owners, count = reader.state, reader.owners, reader.step
+    else:
+        file = TensorFile(source)
+        owners = {str(owner): [] for owner in file.json("owners", list)}
+        for key in file.names:
+            owner, _, slot = key.partition("/")
+            owners.setdefault(owner, []).append(slot)
+        if (said := file.head.get(COUNT)) is not None:
+            count = int(said)
+    if count is None:
+        raise UsageError(
+            f"{source}: does not say how many steps were taken; give count=..., or its checkpoint's folder"
+        )
+    for wrapper in ("traversal", "subspace"):
+        if wrapper in file.head:
+            raise CheckpointError(
+                f"{source}: was saved by an optimizer under a wrapper ({wrapper}), expected a plain one"
+            )
+    _check_rules(source, read_rules(file), opt)
+    state: State = {owner: {slot: file.read(f"{owner}/{slot}") for slot in slots} for owner, slots in owners.items()}
+    opt.load_named_state(state, count)
+    return count
+
+
+def _check_rules(source: Path, saved: dict[str, RuleRecord], opt: RuleOptimizer) -> None:
+    """Raises CheckpointError where a parameter was trained by another rule, or one with other options."""
+    for name, group in opt.owners().items():
+        if (record := saved.get(name)) is None:
+            continue
+        mine = json.loads(json.dumps(group.rule.settings()))
+        if record.rule != group.rule.name or dict(record.options) != mine:
+            differ = {key: value for key, value in record.options.items() if mine.get(key, mine) != value}
+            raise CheckpointError(
+                f"{source}: {name} was trained by {record.rule} {differ}, expected {group.rule.name} "
+                f"{ ({key: mine.get(key) for key in differ}) }; make the optimizer like it"
+            )
