@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .contract import Family, Rule, UsageError
+from .contract import Family, Rule, UsageError, idle
 from .registry import RULES
 from .registry import rule as registered
 from .routing import WHY, Place, bare, check_patterns, check_whole, chosen, kinds, place
@@ -48,7 +48,11 @@ def settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(options)
     if "proj_type" in given and "proj_type" not in fields(name) and (got := given.pop("proj_type")) != STD:
         raise UsageError(f"{name}: proj_type: got {got!r}, expected {STD!r}: the shorter side is projected")
-    return registered(name, **given).settings()
+    made = registered(name, **given)
+    default = RULES[name].default()
+    if odd := sorted(key for key in idle(made.options).intersection(given) if given[key] != getattr(default, key)):
+        raise UsageError(f"{name}: got {odd[0]}={given[odd[0]]!r}, which changes nothing beside its other options")
+    return made.settings()
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
@@ -115,8 +119,8 @@ def _split(
             f"group: got the key {min(odd)!r}, which {name} reads nowhere; expected some of {[*OWN, *TEXTS]} and "
             f"options of {name}: {fields(name)}"
         )
-    start = wanted.options if name == wanted.family.name else {}
-    options = settings(name, {**start, **group.get("options", {}), **{key: group[key] for key in mine if key in group}})
+    said = wanted.options if name == wanted.family.name else {}
+    options = settings(name, {**said, **group.get("options", {}), **{key: group[key] for key in mine if key in group}})
     head = {"rule": name, "options": options, "name": group.get("name", name)}
     explicit = _explicit(group, name)
     whole = explicit or (rule_of(head).elementwise and not wanted.match)

@@ -158,7 +158,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def owners(self) -> dict[str, Group]:
         """Every parameter's group, as the engine knows it, by name."""
-        owner = {}
+        owner: dict[str, Group] = {}
         for group, rule in zip(self.param_groups, self._rules, strict=True):
             lr, decay = float(group["lr"]), float(group["weight_decay"])
             made = Group(group["name"], rule, (), lr, decay, group["why"])

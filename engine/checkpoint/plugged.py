@@ -13,6 +13,7 @@ from optimizers.torch_optim import RuleOptimizer
 
 from .reader import read
 from .rules import RuleRecord, read_rules, rules_head
+from .status import read_status, write_status
 from .store import flatten
 from .tensorfile import CheckpointError, TensorFile, write
 
@@ -29,7 +30,7 @@ def save_state(opt: RuleOptimizer, file: Path) -> None:
     if len(counts) > 1:
         raise UsageError(f"groups have taken {counts} steps, expected one number; save opt.state_dict() instead")
     state = opt.named_state()
-    head = {**rules_head(opt.owners(), 1.0), "owners": json.dumps(list(state)), COUNT: str(counts[0])}
+    head = {**rules_head(opt.owners(), 1.0), **write_status(state), COUNT: str(counts[0])}
     fresh = file.with_name(f".{file.name}.tmp")
     try:
         write(fresh, flatten(state), head)
@@ -48,26 +49,20 @@ def load_state(opt: RuleOptimizer, source: Path, count: int | None = None) -> in
     """
     if source.is_dir():
         reader = read(source)
-        file, owners, count = reader.state, reader.owners, reader.step
+        file, count = reader.state, reader.step
     else:
         file = TensorFile(source)
-        owners = {str(owner): [] for owner in file.json("owners", list)}
-        for key in file.names:
-            owner, _, slot = key.partition("/")
-            owners.setdefault(owner, []).append(slot)
-        if (said := file.head.get(COUNT)) is not None:
-            count = int(said)
+        count = int(file.head[COUNT]) if COUNT in file.head else count
     if count is None:
         raise UsageError(
             f"{source}: does not say how many steps were taken; give count=..., or its checkpoint's folder"
         )
-    for wrapper in ("traversal", "subspace"):
-        if wrapper in file.head:
-            raise CheckpointError(
-                f"{source}: was saved by an optimizer under a wrapper ({wrapper}), expected a plain one"
-            )
+    owners, parked = read_status(file)
+    if parked or (wrapped := [key for key in file.head if key == "traversal" or key.startswith("rso.")]):
+        said = "parked tensors" if parked else wrapped[0]
+        raise CheckpointError(f"{source}: was saved under a wrapper, which says {said}; expected a plain optimizer")
     _check_rules(source, read_rules(file), opt)
-    state: State = {owner: {slot: file.read(f"{owner}/{slot}") for slot in slots} for owner, slots in owners.items()}
+    state: State = {owner: {slot: file.read(key) for slot, key in slots.items()} for owner, slots in owners.items()}
     opt.load_named_state(state, count)
     return count
 

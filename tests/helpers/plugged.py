@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine.step.segments import cut
 from engine.step.step import Step
-from optimizers.contract import Group
+from optimizers.contract import Group, idle
 from optimizers.partition import partition
 from optimizers.random import fold
 from optimizers.registry import RULES, rule
@@ -57,7 +57,7 @@ def rate(step: int) -> float:
 
 def options(name: str) -> dict[str, Any]:
     """A rank and a gap that fit the toy, where the rule has them."""
-    known = {field.name for field in dataclasses.fields(RULES[name].options)}
+    known = {field.name for field in dataclasses.fields(RULES[name].options)} - idle(RULES[name].default())
     return {key: value for key, value in (("rank", RANK), ("update_proj_gap", GAP)) if key in known}
 
 

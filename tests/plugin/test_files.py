@@ -84,9 +84,9 @@ def test_a_state_of_other_options_a_wrapper_or_no_count_is_refused(tmp_path):
     checkpoint.tensorfile.write(plain, flat, {**head, "traversal": "{}"})
     with pytest.raises(CheckpointError, match="wrapper"):
         load_state(opt, plain, count=5)
-    with pytest.raises(UsageError, match="of 4 parameters"):
-        small = toy().layers
-        load_state(torch_optim.SUMO(small[0], **options("sumo")), file)
+    small = torch_optim.SUMO(toy().layers[0], **options("sumo"))
+    with pytest.raises(UsageError, match="of 12 parameters, expected 5"):
+        load_state(small, file)
     model = toy()
     first, *later = model.named_parameters()
     opt = torch_optim.AdamW([first])

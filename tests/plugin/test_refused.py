@@ -104,6 +104,7 @@ def test_state_that_a_host_cleared():
     [
         ({"ranc": 3}, "ranc"),
         ({"momentum": 2.0}, "momentum must lie"),
+        ({"perpendicular": "orthogonal", "rho": 0.0}, "perpendicular='orthogonal', which changes nothing"),
         ({"rest": "nothing"}, "nothing"),
         ({"rest": "muon"}, "muon needs a matrix"),
         ({"rest_options": {"rank": 3}}, "rank"),
