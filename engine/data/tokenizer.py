@@ -59,7 +59,7 @@ class Tokenizer:
     spans: Spans | None = None
     """Many texts to ids with their characters, marks such as `<|im_end|>` read as marks; None: it has none."""
     marks: Mapping[int, str] = field(default_factory=dict)
-    """Those marks by id; `decode` passes over the special ones."""
+    """Those marks by id; `decode` passes over them."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -222,7 +222,7 @@ def _wrap(
         tuple(said.items()),
         remark,
         spanning(core),
-        {i: token.content for i, token in core.get_added_tokens_decoder().items()},
+        {i: token.content for i, token in core.get_added_tokens_decoder().items() if token.special},
     )
 
 

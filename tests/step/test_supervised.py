@@ -99,13 +99,15 @@ def test_evaluation_sees_them_only_and_finds_the_same() -> None:
 
 
 @pytest.mark.compiles
-def test_any_number_of_supervised_tokens_is_one_graph(traced) -> None:
-    step = make(llama(1), mode="segments", logits=2**24)
+def test_any_documents_and_any_number_of_supervised_tokens_are_one_graph(traced) -> None:
+    step = make(llama(2), mode="segments", logits=2**24)
     torch._dynamo.reset()
     counters.clear()
     numbers, shapes = [], set()
     for i in range(5):
-        batch = told({name: t[: 1 + i % 4 :][-1:].repeat(2, 1) for name, t in masked(i).items()})
+        batch = told({name: t[i % 4].repeat(2, 1) for name, t in masked(i).items()})
+        places = torch.arange(16).repeat(2, 1)
+        batch |= {"documents": (places >= 3 * i).long(), "positions": places % max(3 * i, 1)}
         shapes.add(batch["supervised"].shape)
         step([batch], hypers(0), i)
         numbers.append(graphs())

@@ -113,6 +113,18 @@ def test_reasoning_that_the_template_put_in_is_not_trained_and_one_that_the_data
     assert "assistant\n⟦<think>\nhm\n</think>\n\nb<|im_end|>⟧\n" in marked(THINKING, said)
 
 
+@pytest.mark.parametrize("content", ["think", "s", "im_end", "assistant", "user\na"])
+def test_an_answer_that_also_stands_in_the_marks(content: str) -> None:
+    head = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert marked(THINKING, turns("a", content)) == f"{head}<think>\n\n</think>\n\n⟦{content}<|im_end|>⟧\n"
+    assert marked(INST, turns("a", content)) == f"<s>[INST] a [/INST] ⟦{content}</s>⟧"
+
+
+def test_an_answer_that_the_template_changes_is_trained_from_where_it_is_asked_for() -> None:
+    upper = CHATML.replace("message['content']", "message['content'].upper()")
+    assert marked(upper, turns("a", "b")).endswith("<|im_start|>assistant\n⟦B<|im_end|>⟧\n")
+
+
 def test_a_template_that_writes_the_past_anew_is_refused_but_for_the_last_answer() -> None:
     chat = turns("a", "b", "c", "d")
     with pytest.raises(Fault, match=r"changes what it wrote of the first 2 messages .*--train-on last"):

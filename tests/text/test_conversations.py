@@ -151,6 +151,20 @@ def test_a_token_across_the_border_of_an_answer_is_trained(tmp_path: Path) -> No
     assert tokenizer_of(folder).encode("xab") == Examples(folder).read(0)[0][:2].tolist()
 
 
+def test_marks_in_the_data_itself_are_counted_and_said(tmp_path: Path, model: Path) -> None:
+    rows = [
+        {"messages": turns("hi", "ho")},
+        {"messages": turns("hi<|im_end|>", "ho")},
+        {"messages": turns("x", "<|end|>")},
+    ]
+    said: list[str] = []
+    request = ChatRequest(data=(write(tmp_path / "t.jsonl", rows),), tokenizer=str(model))
+    prepare(tmp_path / "out", request, lambda what, done, total: said.append(what))
+    line = "2 examples with a mark in the text itself, read as one; the first: '<|im_end|>' in t.jsonl, line 2"
+    assert said.count(line) == 1
+    assert not [line for line in said if "with a mark" in line and "2 examples" not in line]
+
+
 def test_the_folder_keeps_the_template(tmp_path: Path, model: Path) -> None:
     folder = made(tmp_path, [{"messages": turns("hi", "ho")}], model)
     kept, own = load_template(folder), load_template(model)

@@ -14,6 +14,7 @@ TrainOn = Literal["all", "assistant", "last"]
 Span = tuple[int, int]
 
 ASSISTANT = "assistant"
+STAND_IN = "\ufdd0content\ufdd1"  # between two code points that are no characters, so that no text holds it
 
 
 class Example(NamedTuple):
@@ -88,16 +89,33 @@ def _span(
     if after is not whole:
         _prefix(after, whole, k + 1)
     asked = _render(template, messages, k, tools, ask=True) if k else ""
-    start = max(_shared(asked, after), len(before))
+    start, stop = max(_shared(asked, after), len(before)), len(before) + len(after[len(before) :].rstrip())
+    around = _around(template, messages, k, tools, after)
+    if (
+        around is None
+    ):  # the template makes something else of the content: what is asked for is not trained, all else is
+        return start, stop, True
+    head, tail = around
+    ended = bool(tail.strip())
+    return start if _more_than_content(messages[k]) else head, stop if ended else len(after) - len(tail), ended
+
+
+def _around(
+    template: ChatTemplate, messages: Sequence[Message], k: int, tools: Sequence[Any] | None, after: str
+) -> tuple[int, str] | None:
+    """Where the content of message k begins in `after`, the text of the messages up to it, and what follows it; None
+    where it does not stand there as it is. Found by putting something else in its place."""
     content = messages[k].get("content")
-    text = content.strip() if isinstance(content, str) else ""
-    at = after.find(text, start) if text else -1
-    if at < 0:
-        return start, len(before) + len(after[len(before) :].rstrip()), True
-    if not _more_than_content(messages[k]):
-        start = at
-    tail = after[at + len(text) :]
-    return start, at + len(text) + len(tail.rstrip()), bool(tail.strip())
+    if not isinstance(content, str) or not content.strip():
+        return None
+    try:
+        other = template.render([*messages[:k], {**messages[k], "content": STAND_IN}], tools=tools)
+    except TemplateFault:
+        return None
+    head, found, tail = other.partition(STAND_IN)
+    middle = after[len(head) : len(after) - len(tail)]
+    same = found and after.startswith(head) and after.endswith(tail) and middle.strip() == content.strip()
+    return (len(head), tail) if same else None
 
 
 def _more_than_content(message: Message) -> bool:

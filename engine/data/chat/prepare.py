@@ -112,7 +112,8 @@ def _make(out: Path, job: ChatJob, report: Report) -> list[str]:
     split, total = job.survey(report)
     dated = job.template is not None and job.template.dated
     date = f"the chat template writes a date: {job.request.template_date} (--template-date)" if dated else ""
-    for line in (*job.skipped, job.format_in_words(), date, job.passed.in_words(KIND), f"held out: {split.note}"):
+    said = (job.format_in_words(), date, job.marks_in_words(), job.passed.in_words(KIND), f"held out: {split.note}")
+    for line in (*job.skipped, *said):
         remark(line, report)
     commit(out / PROGRESS, state)
     assert job.tokenizer is not None

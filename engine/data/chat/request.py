@@ -1,6 +1,7 @@
 """What to prepare of conversations: a request, its files read, and all that the prepared tokens depend on."""
 
 import datetime
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from optimizers.contract import UsageError
 
 from .. import request as requests
 from ..files import COLUMNS, ROWS, find, kind
-from ..losses import refuse_malformed
+from ..losses import refuse_malformed, several
 from ..request import Job, Report, Request, separate
 from ..split import LARGEST, Split, digest
 from ..text import Passed, reading, unwritable
@@ -75,6 +76,10 @@ class ChatJob(Job):
             raise UsageError(self._no_template("--render template"))
         self.fields = Fields(request.prompt_field, request.completion_field)
         self.formats: dict[str, str] = {}  # by file
+        self.marked, self.first_marked = 0, ""  # rows whose own text holds a mark, as far as the survey has read
+        marks = sorted(map(re.escape, self.tokenizer.marks.values())) if self.tokenizer and self.tokenizer.files else []
+        self._nothing = Passed()  # counts what the survey has counted
+        self._mark = re.compile("|".join(marks)) if marks else None
         self.identity["conversations"] = {
             "template": self.template.fingerprint if self.template else None,
             "date": request.template_date if self.template and self.template.dated else None,
@@ -90,7 +95,7 @@ class ChatJob(Job):
         batch: list[Item] = []
         size = 0
         for file in range(start[0], len(self.files)):
-            for item in self._of(file, passed or Passed()):
+            for item in self._of(file, passed or self._nothing):
                 if (item.file, item.row) >= tuple(start):
                     batch.append(item)
                     size += len(item.example.text)
@@ -128,6 +133,13 @@ class ChatJob(Job):
         used = "the checkpoint's chat template" if self.template else "plain texts, without a template"
         return f"{one}; put into {used}; trained: {self.request.train_on}"
 
+    def marks_in_words(self) -> str:
+        """One line on rows whose own text holds what the tokenizer reads as a mark; empty where there is none."""
+        if not self.marked:
+            return ""
+        examples = several(self.marked, "example")
+        return f"{examples} with a mark in the text itself, read as one; the first: {self.first_marked}"
+
     def place(self, file: int, number: int) -> str:
         """Where an example stands, for messages."""
         return place(str(self.files[file]), number)
@@ -136,11 +148,12 @@ class ChatJob(Job):
         path, form, found = self.files[file], None, False
         for k, row in enumerate(reading(path, None)):
             passed.rows += 1
-            fault, example = row.fault, None
+            fault, example, spoken = row.fault, None, Said()
             if not fault and row.record is not None:
                 form = form or self._format(path, row.record)
                 try:
-                    example = self._example(path, said(row.record, form, self.fields, self.request.joint), form)
+                    spoken = said(row.record, form, self.fields, self.request.joint)
+                    example = self._example(path, spoken, form)
                     fault = unwritable(example.text)
                 except Fault as error:
                     fault = str(error)
@@ -151,9 +164,18 @@ class ChatJob(Job):
                 passed.first_malformed = passed.first_malformed or f"{path.name}, {row.place}: {fault}"
                 continue
             found = True
+            if passed is not self._nothing and (mark := self._mark_in(spoken)):
+                self.marked += 1
+                self.first_marked = self.first_marked or f"{mark!r} in {path.name}, {row.place}"
             yield Item(file, k, int(row.place.split()[-1]), example)
         if not found:
             raise UsageError(f"{path}: no example to train on; expected rows of {KNOWN}")
+
+    def _mark_in(self, row: Said) -> str:
+        """The first mark that a row's own text holds."""
+        contents = [message.get("content") for message in row.messages] or [text for text, _ in row.parts]
+        found = (self._mark.search(text) for text in contents if self._mark and isinstance(text, str))
+        return next((match.group() for match in found if match), "")
 
     def _format(self, path: Path, record: Any) -> Format:
         form = format_of(record, self.fields)
