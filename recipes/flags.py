@@ -86,23 +86,21 @@ def respelled(config: TrainConfig, words: Sequence[str]) -> list[str]:
 
 
 def asked(config: Config, words: Sequence[str]) -> Config:
-    """`config` under the rule that the command line names, if any. Raises UsageError where it names two or an unknown
-    one, or a flag is an option of other rules only."""
+    """`config` under the rule that the command line names, if any. Raises UsageError where it names an unknown one,
+    or a flag is an option of other rules only."""
     named = [
         value if equals else (words[i + 1] if i + 1 < len(words) else "")
         for i, word in enumerate(words)
         for flag, equals, value in [word.partition("=")]
         if flag == f"--{OPTIMIZER}"
     ]
-    if len(set(named)) > 1:
-        raise UsageError(f"--{OPTIMIZER}: got {' and '.join(dict.fromkeys(named))}, expected one")
-    rules, under = config.rules(), config
-    if named and named[0] and not named[0].startswith("-"):  # else the parser says that a value is missing
-        if named[0] not in rules:
-            near = get_close_matches(named[0], rules, 1)
+    rules, under, name = config.rules(), config, named[-1] if named else ""  # the last one counts, as of every flag
+    if name and not name.startswith("-"):  # else the parser says that a value is missing
+        if name not in rules:
+            near = get_close_matches(name, rules, 1)
             hint = f"; perhaps {near[0]}" if near else ""
-            raise UsageError(f"--{OPTIMIZER}: got {named[0]!r}, expected one of {', '.join(rules)}{hint}")
-        under = config.under(named[0])
+            raise UsageError(f"--{OPTIMIZER}: got {name!r}, expected one of {', '.join(rules)}{hint}")
+        under = config.under(name)
     own = {f"--{f.name}".replace("_", "-") for f in dataclasses.fields(config)}
     own |= _options(under, rules[under.optimizer])
     for word in words:
