@@ -1,7 +1,8 @@
 """What the docs tell people to type works, and what they name exists.
 
 A ```python block is run, after those above it on its page. A ```sh block is run line by line, on tiny sizes. A block is
-left out only where `<!-- not run: reason -->` stands before it.
+left out only where `<!-- not run: reason -->` stands before it, or `<!-- needs: package, package -->` names one
+that is not installed.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 HISTORY = {"docs/log.md"}  # names what was, not what is
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 SKIP = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
+NEEDS = re.compile(r"<!-- needs: (.+?) -->\s*\Z")
 
 MODEL = "--sequence 16 --micro-batch 2 --size.hidden-size 64 --size.intermediate-size 96 --size.num-hidden-layers 4 "
 MODEL += "--size.num-attention-heads 2 "
@@ -52,12 +54,14 @@ class Block(NamedTuple):
     language: str
     text: str
     skipped: str  # the reason why it is not run
+    needs: tuple[str, ...] = ()  # packages without which it cannot be run
 
 
 def blocks(text: str) -> Iterator[Block]:
     for match in FENCE.finditer(text):
-        skip = SKIP.search(text[: match.start()])
-        yield Block(match[2], match[3], skip[1] if skip else "")
+        before = text[: match.start()]
+        skip, needs = SKIP.search(before), NEEDS.search(before)
+        yield Block(match[2], match[3], skip[1] if skip else "", tuple(needs[1].split(", ")) if needs else ())
 
 
 def lines(text: str) -> list[str]:
@@ -94,11 +98,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
     scope: dict[str, Any] = {"__name__": "__main__"}
     text = page.read_text()
+    lacking: dict[str, None] = {}
     for block in blocks(text):
         if block.language == "python" and not block.skipped:
+            if absent := [package for package in block.needs if find_spec(package) is None]:
+                lacking |= dict.fromkeys(absent)
+                continue
             line = text[: text.index(block.text)].count("\n")
             code = compile("\n" * line + block.text, str(page), "exec")
             exec(code, scope)
+    if lacking:
+        pytest.skip(f"all but the blocks that need {', '.join(lacking)} were run")
 
 
 @pytest.mark.slow
@@ -176,4 +186,5 @@ def test_a_false_name_would_be_seen() -> None:
         "no such thing",
         "",
     ]
+    assert [b.needs for b in blocks("<!-- needs: a, b -->\n```python\nx\n```\n```python\ny\n```\n")] == [("a", "b"), ()]
     assert lines("a b  # c\n# d\ne \\\n  f") == ["a b", "e    f"]
