@@ -98,17 +98,34 @@ def test_evaluation_sees_them_only_and_finds_the_same() -> None:
     assert told_count == count == (masked(1)["targets"] != IGNORED).sum()
 
 
+def packed(step: int) -> Batch:
+    """Rows of two documents, whose border moves from step to step, told which tokens are supervised."""
+    batch, places = told({name: t[step % 4].repeat(2, 1) for name, t in masked(step).items()}), torch.arange(16)
+    border = 3 * step % 16
+    number = (places >= border).long()
+    return {**batch, "documents": number.repeat(2, 1), "positions": (places - border * number).repeat(2, 1)}
+
+
 @pytest.mark.compiles
 def test_any_documents_and_any_number_of_supervised_tokens_are_one_graph(traced) -> None:
     step = make(llama(2), mode="segments", logits=2**24)
     torch._dynamo.reset()
     counters.clear()
-    numbers, shapes = [], set()
+    numbers = []
     for i in range(5):
-        batch = told({name: t[i % 4].repeat(2, 1) for name, t in masked(i).items()})
-        places = torch.arange(16).repeat(2, 1)
-        batch |= {"documents": (places >= 3 * i).long(), "positions": places % max(3 * i, 1)}
-        shapes.add(batch["supervised"].shape)
-        step([batch], hypers(0), i)
+        step([packed(i)], hypers(0), i)
         numbers.append(graphs())
-    assert len(shapes) > 2 and numbers[0] == numbers[-1] == 6
+    assert len({packed(i)["supervised"].shape for i in range(5)}) > 2
+    assert numbers[0] == numbers[-1] == 6
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_rows_compiled_equal_uncompiled(recompute: bool) -> None:
+    found = []
+    for mode in ("off", "segments"):
+        step = make(llama(), mode=mode, recompute=recompute)
+        losses = [step([packed(2 * i), packed(2 * i + 1)], hypers(i), i).loss.item() for i in range(3)]
+        found.append((step.params, losses))
+    assert distance(found[0][0], found[1][0]) < 1e-5
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
