@@ -64,6 +64,7 @@ PLAN = [  # what is typed after tools.plan, and what the line must name
 ]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("typed", [line for line, *_ in PLAN], ids=lambda line: line[:40])
 def test_wrong_input_of_the_planner(tmp_path, typed):
     done = tool(tmp_path, f"tools.plan {typed}")
@@ -110,6 +111,7 @@ def test_quoted_recipes_name_the_flag_that_they_came_from(line):
             parsed(words(line, flag), flag)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "name",
     [

@@ -65,6 +65,7 @@ def test_every_command_is_found() -> None:
     assert {"recipes.snsm", "recipes.compare", "tools.plan", "tools.generate", "tools.prepare"} <= set(COMMANDS)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("module", COMMANDS)
 def test_every_command_explains_itself_on_any_terminal(module: str, encoding: str, tmp_path: Path) -> None:
@@ -73,6 +74,7 @@ def test_every_command_explains_itself_on_any_terminal(module: str, encoding: st
     assert "Traceback" not in out + err
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("module", COMMANDS)
 def test_every_command_refuses_on_any_terminal(module: str, encoding: str, tmp_path: Path) -> None:
@@ -80,6 +82,7 @@ def test_every_command_refuses_on_any_terminal(module: str, encoding: str, tmp_p
     assert code == 2 and err and "Traceback" not in out + err
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_whole_run_on_any_terminal(encoding: str, tmp_path: Path) -> None:
     text = text_in(tmp_path)

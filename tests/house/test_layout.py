@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,3 +137,9 @@ def test_the_reader_of_imports_sees_every_form(tmp_path, monkeypatch):
         "def f():\n    from recipes.omgd import main\n"
     )
     assert {name for name, _ in imports(file)} == {"recipes.sumo", "torch.nn", "tools", "engine.step", "recipes.omgd"}
+
+
+def test_names_of_test_files_are_unique():
+    """Pytest imports each as a module by its name alone, whatever its folder."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -16,6 +16,8 @@ from recipes import train
 from recipes.registry import parsed
 from tools.bench.ends import OPTIMIZERS, SHAPE, Nothing, built, resumed, saved, started
 
+pytestmark = pytest.mark.run  # each end of a run is built
+
 FAST = ("rso, products", "omgd")  # 12 seconds each, and state of every kind; the others are slow
 MOST = 1.05  # the most that was measured is 1.033, a swap from AdamW to rmsprop_sn, which holds hardly any state
 

@@ -65,6 +65,7 @@ def measured(method: str, shape: LlamaConfig, config: LanguageConfig, at: int) -
 # Predicted against counted.
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 @each_method
 def test_uncompiled_the_prediction_is_all_but_exact_and_the_state_is_exact(method, recompute):
@@ -76,6 +77,7 @@ def test_uncompiled_the_prediction_is_all_but_exact_and_the_state_is_exact(metho
     assert found.state == sum(t.numel() * t.element_size() for slots in state.values() for t in slots.values())
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "options",
     [
@@ -159,11 +161,13 @@ def test_a_task_of_any_module_is_planned_with_batches_of_its_own():
     assert plan(made, config, steps=(1,)).bytes == pytest.approx(held + peak, rel=0.02)
 
 
+@pytest.mark.run
 def test_a_turn_is_part_of_the_plan():
     found = predicted("rso", TINY, settings(1, 8, compile="off"))
     assert found.moments["switch"] > found.weights + found.state, "the new P, while the old one is there"
 
 
+@pytest.mark.run
 def test_parts_add_up_and_blocks_share_nothing_but_their_graphs():
     config = settings(4, 32, recompute=True)
     found = predicted("adamw", TINY, config)
@@ -174,6 +178,7 @@ def test_parts_add_up_and_blocks_share_nothing_but_their_graphs():
     assert (deeper.bytes - found.bytes) / 2 == pytest.approx(block + residual, rel=1e-3), "one residual stream a block"
 
 
+@pytest.mark.run
 @each_method
 def test_what_a_run_does_beside_its_steps_is_part_of_the_plan(method):
     found = predicted(method, TINY, settings(4, 32, compile="off"))
@@ -196,6 +201,7 @@ def test_what_a_run_does_beside_its_steps_is_part_of_the_plan(method):
         assert found.moments["evaluation"] == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.run
 def test_a_copy_that_is_written_in_the_background_is_memory_of_the_cpu():
     one, two = (predicted("adamw", TINY, settings(1, 8, compile="off", save_async=mode)) for mode in ("off", "on"))
     assert two.moments["saving"] >= 2 * (one.weights + one.state) * 0.9

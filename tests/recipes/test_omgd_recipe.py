@@ -24,6 +24,7 @@ def test_seven_billion_parameters_take_what_the_paper_says():
     assert ours.segment < 0.31 * ours.gradients and ours.state == pytest.approx(2 * ours.moments, rel=1e-5)
 
 
+@pytest.mark.run
 def test_the_toy_tells_masks_of_a_traversal_from_masks_drawn_every_step(tmp_path):
     out = tmp_path / "toy"
     done = here(tmp_path, f"omgd toy --steps 20000 --seeds 6 --samples 200 --out {out}")

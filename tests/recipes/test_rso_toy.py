@@ -14,6 +14,7 @@ slow = pytest.mark.slow
 # Theory, toys, recipe.
 
 
+@pytest.mark.run
 def test_the_bound_holds_on_least_squares():
     for seed in range(3):
         bound, means = least_squares(seed)
@@ -23,6 +24,7 @@ def test_the_bound_holds_on_least_squares():
             assert tight > bound / 20, "a bound that says something"
 
 
+@pytest.mark.run
 def test_galore_gets_stuck_where_rso_does_not():
     """Early on: GaLore's gradient has stopped shrinking while that of RSO is on its way to its noise floor."""
     problem = Counterexample(0)

@@ -51,6 +51,7 @@ def rows(of: LanguageTask, first: int, last: int) -> Counter[int]:
     return Counter(int(k) for k in of.train.which(first, last - first) if k >= 0)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("steps", [0, 1, 3, 5])
 def test_every_row_of_a_pass_is_read_once_whatever_was_changed_or_the_change_is_refused(texts, steps):
     """The whole grid: each setting, and each pair of them, from every one of its values to every other."""

@@ -10,6 +10,8 @@ from engine.memory import counted_peak
 from models.llama import Llama, LlamaConfig
 from optimizers.rules.sgd import sgd
 
+pytestmark = pytest.mark.run  # allocations are counted, which is slow
+
 slow = pytest.mark.slow
 
 

@@ -135,6 +135,7 @@ def shapes(state: State) -> dict:
     return {n: (parked_by(slots), {s: (t.shape, t.dtype) for s, t in slots.items()}) for n, slots in state.items()}
 
 
+@pytest.mark.run
 @each
 def test_a_composition_learns_and_resumes_bitwise_anywhere(name):
     """From what each step leaves a fresh optimizer makes the same next step: a run resumed anywhere ends the same."""

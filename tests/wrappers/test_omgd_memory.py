@@ -16,6 +16,8 @@ from optimizers.wrappers.traversal import (
     traversal,
 )
 
+pytestmark = pytest.mark.run  # allocations are counted, which is slow
+
 
 def test_state_is_that_of_the_active_set_before_and_after_two_cycles():
     step = masked(3)

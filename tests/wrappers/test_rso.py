@@ -62,6 +62,7 @@ def test_haar_is_uniform():
 # The optimizer.
 
 
+@pytest.mark.run
 @each_form
 @pytest.mark.parametrize("inner", INNER)
 def test_full_rank_coordinates_are_the_inner_rule(form, inner):
@@ -80,6 +81,7 @@ def test_full_rank_coordinates_are_the_inner_rule(form, inner):
     assert expected[0] != expected[-1]
 
 
+@pytest.mark.run
 @each_form
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize(

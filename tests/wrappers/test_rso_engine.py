@@ -138,6 +138,7 @@ def test_bytes_kept_for_backward(form, share, mode, least, most):
     assert least <= saved_units(form, share, mode) <= most
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("mode", "recompute"), [("off", True), pytest.param("segments", True, marks=slow)])
 def test_with_recompute_a_block_keeps_its_input(mode, recompute):
     peaks = []

@@ -21,6 +21,7 @@ def eager(rule: str, wrapper: str) -> list[str]:
     return [key for key, one in EVERY.items() if (one.rule, one.wrapper, one.compiled) == (rule, wrapper, False)]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("rule", "wrapper"), PAIRS)
 def test_a_rule_under_a_wrapper_does_what_the_table_says(rule, wrapper):
     check(eager(rule, wrapper)[:1])
