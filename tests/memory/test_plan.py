@@ -100,13 +100,13 @@ def test_what_costs_memory_is_seen(options):
 @pytest.mark.parametrize(
     ("method", "recompute", "shape"),
     [
-        ("snsm", True, "weights"),
+        ("adamw", True, "weights"),
         *(
             pytest.param(method, recompute, shape, marks=slow)
             for method in METHODS
             for recompute in (False, True)
             for shape in SIZES
-            if (method, recompute, shape) != ("snsm", True, "weights")
+            if (method, recompute, shape) != ("adamw", True, "weights")
             and (shape == "weights" or method in ("adamw", "omgd", "rso"))  # a rule changes no activation
         ),
     ],
