@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Rule, Slots, State, UsageError, state_bytes, total_bytes
+from .contract import Optimizer, Rule, UsageError
 from .groups import Groups, rule_of
 from .registry import RULES
 from .routing import check_sharded, flattened
+from .state import Params, Slots, State, parked_by, state_bytes, total_bytes
 
 
 def check_groups(
@@ -46,33 +47,56 @@ def options() -> frozenset[str]:
     return frozenset(name for family in RULES.values() for name in vars(family.options)["__dataclass_fields__"])
 
 
-def check_owned(state: Mapping[Any, Any], names: Mapping[Tensor, str]) -> None:
-    """Raises UsageError for state of a parameter that is in no group, and for a parameter without state."""
+def check_wrapped(optimizer: Optimizer, params: Params, state: State) -> None:
+    """Raises UsageError where a wrapper needs what only the engine does."""
+    if odd := optimizer.split(params, state)[0].keys() - params.keys():
+        raise UsageError(
+            f"wrap: it trains {min(odd)!r} in the place of a parameter, which a model has to know of; train it with "
+            "the engine, or give masks such as Masks(active=2, period=100)"
+        )
+    if any(parked_by(slots) for slots in state.values()):
+        raise UsageError("wrap: it keeps the state of what is frozen; expected state_policy 'drop'")
+    if any(optimizer.batch(step) != step for step in range(1000)):
+        raise UsageError("wrap: it orders the batches, which are the loop's; expected order 'epochwise'")
+
+
+def check_owned(state: Mapping[Any, Any], names: Mapping[Tensor, str], masked: bool = False) -> None:
+    """Raises UsageError for state of a parameter that is in no group, and for a parameter without state; where one may
+    be `masked`, only if it has a gradient."""
     if any(p not in names for p in state):
         raise UsageError(
             "state: got that of a parameter which is in no group: a host has put other tensors in the groups, as "
             "FSDP2's prepare does, and left the state behind; make the optimizer after the model is wrapped"
         )
-    if lost := [name for p, name in names.items() if p not in state]:
+    lost = [name for p, name in names.items() if p not in state and (not masked or p.grad is not None)]
+    if lost and masked:
+        raise UsageError(f"{lost[0]}: is frozen now, and has a gradient; leave requires_grad to the optimizer")
+    if lost:
         raise UsageError(
             f"{lost[0]}: has no state: a host has put other tensors in the groups or cleared the state; make the "
             "optimizer after the model is wrapped"
         )
 
 
-def check_state(given: Mapping[str, Slots], expected: State) -> None:
-    """Raises UsageError unless names, slots, shapes and dtypes are the same."""
+def checked(given: Mapping[str, Slots], expected: State) -> Mapping[str, Slots]:
+    """A state that is to be loaded. Raises UsageError unless names, slots, shapes and dtypes are as expected."""
+    given = {**{name: {} for name, slots in expected.items() if not slots}, **given}
     if odd := sorted(given.keys() ^ expected.keys()):
         which = "nothing for" if odd[0] in expected else "the unknown"
         raise UsageError(f"state: got {which} {odd[0]!r}; it is of {len(given)} parameters, expected {len(expected)}")
     for name, slots in expected.items():
-        wanted = {slot: (tuple(t.shape), t.dtype) for slot, t in slots.items()}
-        got = {slot: (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else type(t) for slot, t in given[name].items()}
+        wanted, got = form(slots), form(given[name])
         if wanted != got:
             raise UsageError(
                 f"state of {name}: got {got}, expected {wanted}; make the optimizer with the rule, the options and the "
                 "parameters that the state was saved with"
             )
+    return given
+
+
+def form(slots: Mapping[str, Any]) -> dict[str, object]:
+    """What slots look like: shapes and dtypes."""
+    return {n: (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else type(t) for n, t in slots.items()}
 
 
 def copy_slots(mine: Slots, given: Slots) -> None:
@@ -107,6 +131,11 @@ def matched(saved: Mapping[str, Any], groups: Groups) -> tuple[State, Groups]:
                 "it was saved by another optimizer"
             )
         rule, other = rule_of(own), rule_of(group)
+        if own.get("wrapped") != group.get("wrapped"):
+            raise UsageError(
+                f"state dict: was saved under {group.get('wrapped', 'no wrapper')}, expected "
+                f"{own.get('wrapped', 'no wrapper')}; make the optimizer with the same wrap and seed"
+            )
         if rule is not other or own["added"] != group["added"]:
             raise UsageError(
                 f"state dict: group {own['name']!r} was saved with {group['rule']} {group['options']}, expected "
@@ -118,8 +147,6 @@ def matched(saved: Mapping[str, Any], groups: Groups) -> tuple[State, Groups]:
         for name, number in zip(places, group["params"], strict=True):
             if number in saved["state"]:
                 state[name] = dict(saved["state"][number])
-            elif not rule.slots:
-                state[name] = {}
         kept = ("params", "param_names", "rule", "options")
         said.append({key: value for key, value in group.items() if key not in kept})
     known = {number for group in theirs for number in group["params"]}
@@ -140,7 +167,7 @@ def receipt(groups: Groups, state: State, left: Mapping[str, Tensor]) -> str:
                 group["rule"] + (f" rank {rank}" if rank is not None else ""),
                 str(len(named)),
                 f"{sum(p.numel() for p in named.values()):,}",
-                f"{sum(state_bytes(state[name]) for name in named) / 2**20:.2f}",
+                f"{sum(state_bytes(state[name]) for name in named if name in state) / 2**20:.2f}",
                 f"{float(group['lr']):g}",
                 f"{float(group['weight_decay']):g}",
                 f"{group['why']}: {_few(named)}",

@@ -35,6 +35,8 @@ from .random import Key, fold
 from .registry import RULES
 from .routing import block
 
+Wrap = Callable[[Optimizer, Params, Key], Optimizer]
+
 REFUSED = {
     "foreach": "updates are one kernel a layer; give compile=True for speed",
     "fused": "give compile=True: the update of a layer is then one kernel",
@@ -78,6 +80,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         rest_lr: float | Tensor | None = None,
         rest_options: Mapping[str, Any] | None = None,
         match: Sequence[str] = (),
+        wrap: Wrap | None = None,
         seed: int = 0,
         stagger: bool = True,
         stochastic_rounding: bool = False,
@@ -97,13 +100,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         group with "rule", or with an option such as "rank", is that rule's as a whole. Parameters that require no
         gradient are left out; where they are to train later, use `add_param_group`.
 
+        `wrap` makes an optimizer of the engine into another one, such as `wrappers.masks.Masks`: what it freezes has
+        `requires_grad` False, no gradient and no state until its turn comes, which is at the end of a step.
+
         `seed` is that of all draws; `stagger` rebuilds bases a few tensors a step; `stochastic_rounding` is for
         bfloat16 parameters. Raises UsageError (a ValueError) for what is not honoured, a rank above a side, missing
         names and flattened matrices.
         """
         given = {"rest": rest, "rest_lr": rest_lr, "rest_options": dict(rest_options or {}), "match": tuple(match)}
         self._given: dict[str, Any] = {"options": options, **given}
-        self._stagger, self._compile = stagger, compile
+        self._stagger, self._compile, self._wrap = stagger, compile, wrap
         self._left: dict[str, weakref.ref[Tensor]] = {}
         self._started = False
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach, "fused": fused}
@@ -145,6 +151,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             return loss
         for added, optimizer in self._optimizers.items():
             self._step(added, optimizer)
+        self._switch()
         return loss
 
     def receipt(self) -> str:
@@ -154,7 +161,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def named_state(self) -> State:
         """The state by the names of the parameters, as the engine keeps it; the tensors are those of the optimizer."""
-        return {name: self.state[p] for group in self.param_groups for name, p in _named(group)}
+        return {n: self.state[p] for group in self.param_groups for n, p in _named(group) if p in self.state}
 
     def owners(self) -> dict[str, Group]:
         """Every parameter's group, as the engine knows it, by name."""
@@ -171,12 +178,9 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         Raises UsageError, having copied nothing, where names, slots, shapes or dtypes differ.
         """
-        plugged.check_state(state, self._expected())
-        for name, slots in self.named_state().items():
-            plugged.copy_slots(slots, state[name])
+        self._put(plugged.checked(state, self._expected(count)))
         for group in self.param_groups:
             group["count"] = count
-        self._assemble()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -189,19 +193,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         saved, groups = plugged.matched(state_dict, self.param_groups)
-        plugged.check_state(saved, self._expected())
+        self._put(plugged.checked(saved, self._expected(groups[0]["count"])))
         for group, new in zip(self.param_groups, groups, strict=True):
             group.update(new)
-        for name, slots in self.named_state().items():
-            plugged.copy_slots(slots, saved[name])
-        self._assemble()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """All that is not made from it; what a parameter needs to be found again, if it was frozen, does not come."""
         own = {"_given": self._given, "_stagger": self._stagger, "_compile": self._compile, "_started": True}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_wrap": self._wrap}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -248,28 +249,80 @@ class RuleOptimizer(torch.optim.Optimizer):
                     params |= {name: p.detach() for name, p in named.items()}
                     only = "|".join(map(re.escape, named))
                     owned.append(Group(str(i), self._rules[i], (f"^(?:{only})$",), 0.0))
-            self._optimizers[added] = partition(params, owned, self._stagger)
+            optimizer = partition(params, owned, self._stagger)
+            if self._wrap and added:
+                raise UsageError("add_param_group: what is wrapped takes no more parameters; make a new optimizer")
+            if self._wrap:
+                optimizer = self._wrap(optimizer, params, fold(self.param_groups[0]["seed"], "optimizer"))
+                self.param_groups[0]["wrapped"] = dict(optimizer.metadata)
+            self._optimizers[added] = optimizer
             state = {name: self.state[p] for name, p in pairs if name in params and p in self.state}
-            self._missing[added] = Missing(self._optimizers[added].owner, state)
+            self._missing[added] = Missing(optimizer.owner, state)
 
     def _fill(self, added: int) -> None:
         """A fresh state for the parameters that came with this number."""
         plugged.check_groups(self.param_groups, self._rules, self._shapes, REFUSED)
         params = {n: p for group in self.param_groups if group["added"] == added for n, p in _named(group)}
-        state = self._optimizers[added].init({name: p.detach() for name, p in params.items()})
+        plain = {name: p.detach() for name, p in params.items()}
+        state = self._optimizers[added].init(plain)
+        if self._wrap:
+            plugged.check_wrapped(self._optimizers[added], plain, state)
         for name, slots in state.items():
             self.state[params[name]] = slots
         self._missing[added].look(state)
+        self._freeze()
 
-    def _expected(self) -> State:
-        """A fresh state without memory: what a loaded one has to look like."""
-        pairs = [(i, name, p) for i, group in enumerate(self.param_groups) for name, p in _named(group)]
-        return {name: self._rules[i].init(torch.empty_like(p, device="meta")) for i, name, p in pairs}
+    def _expected(self, count: int) -> State:
+        """A state without memory, as it stands before step `count`: what a loaded one has to look like."""
+        state: State = {}
+        for added, optimizer in self._optimizers.items():
+            pairs = [pair for group in self.param_groups if group["added"] == added for pair in _named(group)]
+            state |= optimizer.init({name: torch.empty_like(p, device="meta") for name, p in pairs}, count + 1)
+        return state
+
+    def _put(self, state: Mapping[str, Slots]) -> None:
+        """Take over a state that fits: into the tensors that are there, and where there are none, as copies."""
+        for group in self.param_groups:
+            for name, p in _named(group):
+                if name not in state:
+                    self.state.pop(p, None)
+                elif p in self.state and plugged.form(self.state[p]) == plugged.form(state[name]):
+                    plugged.copy_slots(self.state[p], state[name])
+                else:
+                    self.state[p] = {slot: t.to(p.device, copy=True) for slot, t in state[name].items()}
+        for missing in self._missing.values():
+            missing.look(self.named_state())
+        self._freeze()
+
+    def _switch(self) -> None:
+        """What a wrapper changes for the next step: now, so that the next forward saves nothing for a frozen layer."""
+        count = self.param_groups[0]["count"]
+        if not self._wrap or not (optimizer := self._optimizers[0]).switches(count):
+            return
+        params = {name: p for group in self.param_groups for name, p in _named(group)}
+        plain, key = {n: p.detach() for n, p in params.items()}, fold(self.param_groups[0]["seed"], "optimizer")
+        moved, state = optimizer.switch(plain, self.named_state(), count, key)
+        for name, p in params.items():
+            if moved[name] is not plain[name]:
+                plain[name].copy_(moved[name])
+            self.state.pop(p, None)
+            if name in state:
+                self.state[p] = state[name]
+        self._missing[0].look(state)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Ask for gradients of what trains now, and of nothing else that a wrapper holds."""
+        for p in (p for group in self.param_groups for p in group["params"] if self._wrap):
+            p.requires_grad_(p in self.state)
+            if not p.requires_grad:
+                p.grad = None
 
     def _check(self) -> None:
         """Raises UsageError where groups, parameters or state are not what they were when the optimizer was made."""
         plugged.check_groups(self.param_groups, self._rules, self._shapes, REFUSED)
-        plugged.check_owned(self.state, {p: name for group in self.param_groups for name, p in _named(group)})
+        names = {p: name for group in self.param_groups for name, p in _named(group)}
+        plugged.check_owned(self.state, names, masked=self._wrap is not None)
         for name, ref in self._left.items():
             if (p := ref()) is not None and p.requires_grad and not any(p is q for q in self.state):
                 raise UsageError(
@@ -300,7 +353,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                 plugged.follow(self.state[p], p)
                 g, hyper = -p.grad if group["maximize"] else p.grad, self._hyper(i, group, p.device)
                 layer = Layer(block(name), p.device, key, rounding)
-                layers.setdefault(layer, []).append(Moving(name, p.detach(), g, self.state[p], self._rules[i], hyper))
+                rule = optimizer.owner[name].rule
+                layers.setdefault(layer, []).append(Moving(name, p.detach(), g, self.state[p], rule, hyper))
         due, missing = set(optimizer.due(count)), self._missing[added]
         absent = missing.names()
         for layer, moved in layers.items():

@@ -61,7 +61,7 @@ def options(name: str) -> dict[str, Any]:
     return {key: value for key, value in (("rank", RANK), ("update_proj_gap", GAP)) if key in known}
 
 
-def engine(model: nn.Module, name: str, **given: Any) -> Step:
+def engine(model: nn.Module, name: str, wrap: Any = None, **given: Any) -> Step:
     """The engine's step, its groups written by hand."""
     params, own = dict(model.named_parameters()), rule(name, **options(name))
     rest = rule("adamw")
@@ -71,6 +71,7 @@ def engine(model: nn.Module, name: str, **given: Any) -> Step:
         Group("rest", rest, ("",), LR, DECAY),
     ]
     made = partition(params, [Group("own", own, ("",), LR, DECAY)] if own.elementwise else groups)
+    made = wrap(made, params, fold(0, "optimizer")) if wrap else made
     loss = lambda model, batch: (model(batch), torch.ones((), dtype=torch.int64))  # noqa: E731
     return Step(cut(model, loss), params, made, made.init(params), mode="off", key=fold(0, "optimizer"), **given)
 
@@ -79,6 +80,7 @@ def engine_step(step: Step, model: nn.Module, i: int) -> None:
     hypers = {}
     for group in step.optimizer.owner.values():
         hypers[group.name] = {"lr": torch.tensor(rate(i)), "weight_decay": torch.tensor(group.weight_decay)}
+    step.switch(i)
     step([gradients(model, i)], hypers, i)
 
 
