@@ -43,10 +43,10 @@ def toy(seed: int = 0) -> Toy:
 
 
 def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:
-    """Those of a step; one matrix has none that says anything until step 4, so that its basis comes late."""
+    """Those of a step; one matrix has none that says anything until step 5, so that its basis comes late."""
     draw = torch.Generator().manual_seed(step)
     made = {name: torch.randn(p.shape, generator=draw) for name, p in model.named_parameters()}
-    if step < 4:
+    if step < 5:  # neither then nor a step later is it due
         made["layers.1.q_proj.weight"].zero_()
     return made
 

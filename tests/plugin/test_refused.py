@@ -181,7 +181,7 @@ def _step(opt, model, i):
 
 
 @pytest.mark.parametrize(
-    "what", ["torch's", "another rule", "another rank", "groups", "dtype", "a slot less", "unknown"]
+    "what", ["torch's", "another rule", "another weight", "another rank", "groups", "dtype", "a slot less", "unknown"]
 )
 def test_a_state_dict_of_something_else_changes_nothing(what):
     model = toy()
@@ -194,6 +194,8 @@ def test_a_state_dict_of_something_else_changes_nothing(what):
         saved = facade(toy(), "galore").state_dict()
     elif what == "another rank":
         saved = torch_optim.SUMO(toy(), rank=3, update_proj_gap=3).state_dict()
+    elif what == "another weight":  # of the same shapes
+        saved = facade(toy(), "sumo", rho=0.5).state_dict()
     elif what == "groups":
         saved["param_groups"].pop()
     elif what == "dtype":

@@ -20,7 +20,7 @@ from helpers.plugged import (
 from optimizers.registry import RULES
 from optimizers.torch_optim import optimizer
 
-BREAK = 9  # the step before which the run is saved and goes on in another optimizer; no multiple of the gap
+BREAKS = (4, 11)  # before these the run is saved and goes on in another optimizer; at the first, a basis is missing
 
 
 def through_a_file(state):
@@ -38,7 +38,7 @@ def test_twenty_steps_with_a_resume_are_those_of_the_engine(name, dtype):
     theirs, mine = toy().to(dtype), toy().to(dtype)
     step, opt = engine(theirs, name, **rounding), facade(mine, name, **rounding)
     for i in range(STEPS):
-        if i == BREAK:
+        if i in BREAKS:
             saved = through_a_file(opt.state_dict())
             resumed = toy().to(dtype)
             resumed.load_state_dict(mine.state_dict())
