@@ -66,7 +66,7 @@ def refresh(optimizer: Optimizer, grads: Params, state: State, step: int, key: K
     one `ok` per tensor that was due."""
     state, flags = dict(state), []
     grads = {optimizer.parameter_of(name): g for name, g in grads.items()}
-    due = set(optimizer.due(step))
+    due = set(optimizer.due(step, state))
     for name, g in grads.items():
         rule = optimizer.owner[name].rule
         if rule.refresh is None:

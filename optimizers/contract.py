@@ -6,7 +6,7 @@ whole model: it says who owns which parameter, what is trainable now (`split`) a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -49,11 +49,12 @@ class Kind(StrEnum):
 
 class Slot(NamedTuple):
     """A tensor of a rule's state, by its name. What is `given` is set by a wrapper between steps, not learned: it is
-    never taken over from another optimizer."""
+    never taken over from another optimizer. What is on the `host` stays there, wherever a model trains."""
 
     name: str
     kind: Kind
     given: bool = False
+    host: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,16 +173,27 @@ class Optimizer(ABC):
     owner: Mapping[str, Group]
     metadata: Mapping[str, str]
 
+    @property
+    def shared(self) -> Mapping[str, tuple[Slot, ...]]:
+        """Entries of the state that belong to no parameter, such as what masks have seen, with their slots."""
+        return {}
+
+    def declared(self, key: str) -> tuple[Slot, ...]:
+        """The slots of an entry of the state."""
+        return self.shared[key] if key in self.shared else self.owner[key].rule.slots
+
     @abstractmethod
-    def init(self, params: Params, step: int = 0) -> State:
+    def init(self, params: Params, step: int = 0, shared: State | None = None) -> State:
         """The state as it stands once `step` steps are done, values aside: at 0, a fresh one.
 
+        Where masks depend on what training has seen, that decides what has state: `shared` are the shared entries
+        after `step` steps, by default those of a run that has seen nothing. They come last.
         Raises UsageError, with its name, where a rule cannot serve a parameter.
         """
 
     @abstractmethod
-    def due(self, step: int) -> tuple[str, ...]:
-        """The parameters whose rule refreshes at this step."""
+    def due(self, step: int, state: State | None = None) -> tuple[str, ...]:
+        """The parameters whose rule refreshes at this step. `state` holds the shared entries, if there are any."""
 
     def split(self, params: Params, state: State) -> tuple[Params, Params]:
         """The model as its segments see it now: what is trainable, and what is frozen.
@@ -199,13 +211,23 @@ class Optimizer(ABC):
         """Does something change before this step: a mask, a subspace?"""
         return False
 
+    def choose(self, shared: State, step: int) -> State:
+        """The shared entries with what is decided before a step for which `switches` holds; cold, and it may wait for
+        the device. It comes before `switch`, once."""
+        return shared
+
     def switch(self, params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
         """What changes before a step for which `switches` holds; cold.
 
-        It takes any part of the model, with that part's state, so that the engine can switch one segment after another
-        and never holds a second copy of the weights.
+        It takes any part of the model, with that part's state and all shared entries, which it returns as they are: so
+        the engine can switch one segment after another and never holds a second copy of the weights.
         """
         return params, state
+
+    def observe(self, shared: State, squares: Sequence[tuple[Sequence[str], Tensor]]) -> State:
+        """The shared entries after a step in which the gradients of these parameters, those of a segment together, had
+        these squared norms before clipping, float32, one a parameter. Hot: it waits for nothing."""
+        return shared
 
     def batch(self, step: int) -> int:
         """The batch that a step trains on, where order is part of the method."""

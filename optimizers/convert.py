@@ -46,10 +46,11 @@ def convert(
     `target.init` does.
     """
     whole = target.init({name: torch.empty_like(p, device="meta") for name, p in params.items()}, step)
-    sizes = _sizes(params, state, source) if any(name not in state for name in whole) else {}
+    sizes = _sizes(params, state, source) if any(name not in state for name in whole if name in params) else {}
     made, rows = State(), dict[str, Row]()
     for names in _together(whole, params):
         fresh = target.init({name: params[name] for name in names}, step)
+        made |= {key: fresh.pop(key) for key in target.shared}  # of what was never seen, nothing can be taken over
         for name in list(fresh):
             by, device = parked_by(fresh[name]), params[name].device
             fresh[name] = place(with_status({}, fresh[name]), device)  # from the host, if it is parked there
@@ -59,7 +60,7 @@ def convert(
             slots, rows[name] = _one(name, params[name], state, fresh, old, new, fold(key, "convert", name), size)
             made[name] = place(with_status(by, slots), device)
             del slots
-    return {name: made[name] for name in whole}, [rows[name] for name in whole]
+    return {name: made[name] for name in whole}, [rows[name] for name in whole if name in rows]
 
 
 def _together(whole: State, params: Params) -> list[list[str]]:
@@ -67,7 +68,7 @@ def _together(whole: State, params: Params) -> list[list[str]]:
     one takes beside its new slots is then needed while those of smaller ones are not there yet."""
     groups: dict[str, list[str]] = {}
     first: dict[int, str] = {}
-    for name, slots in whole.items():
+    for name, slots in ((name, slots) for name, slots in whole.items() if name in params):
         groups[name] = [name]
         for t in slots.values():
             own, other = groups[name], groups[first.setdefault(id(t), name)]
@@ -86,8 +87,8 @@ def _kind(name: str) -> str:
 def _sizes(params: Params, state: Mapping[str, Slots], source: Optimizer) -> dict[str, float]:
     """The mean second moment by kind of parameter, of what has state."""
     found: dict[str, list[float]] = {}
-    for name, slots in state.items():
-        export = source.owner[name].rule.export
+    for name in (name for name in state if name in source.owner):
+        slots, export = state[name], source.owner[name].rule.export
         second = complete(export(slots, params[name])).second if export and slots else None
         if second is not None:
             found.setdefault(_kind(name), []).append(float(second.mean()))

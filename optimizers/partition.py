@@ -85,10 +85,10 @@ class Partition(Optimizer):
     offsets: Mapping[str, int]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
-    def init(self, params: Params, step: int = 0) -> State:
+    def init(self, params: Params, step: int = 0, shared: State | None = None) -> State:
         return blank(self.owner, params)
 
-    def due(self, step: int) -> tuple[str, ...]:
+    def due(self, step: int, state: State | None = None) -> tuple[str, ...]:
         gaps = {name: self.owner[name].rule.gap for name in self.offsets}
         return tuple(n for n, offset in self.offsets.items() if step == 0 or step % gaps[n] == offset)
 

@@ -54,6 +54,11 @@ def check_wrapped(optimizer: Optimizer, params: Params, state: State) -> None:
             f"wrap: it trains {min(odd)!r} in the place of a parameter, which a model has to know of; train it with "
             "the engine, or give masks such as Masks(active=2, period=100)"
         )
+    if optimizer.shared:
+        raise UsageError(
+            "wrap: its masks depend on the gradient norms of a run, which only the engine shows them; expected masks "
+            "such as Masks(active=2, period=100)"
+        )
     if any(parked_by(slots) for slots in state.values()):
         raise UsageError("wrap: it keeps the state of what is frozen; expected state_policy 'drop'")
     if any(optimizer.batch(step) != step for step in range(1000)):

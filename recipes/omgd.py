@@ -24,17 +24,10 @@ from optimizers.random import Key
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.snsm import Snsm
+from optimizers.wrappers.choice import Choice, describe
+from optimizers.wrappers.norms import NormMasks, norm_masks
 from optimizers.wrappers.omgd import omgd
-from optimizers.wrappers.traversal import (
-    Traversal,
-    coordinates,
-    describe,
-    duration,
-    gives_up,
-    layers,
-    tensors,
-    traversal,
-)
+from optimizers.wrappers.traversal import coordinates, duration, gives_up, layers, tensors, traversal
 
 from . import flags, snsm
 from .cli import main
@@ -63,6 +56,9 @@ class Pretrain(TrainConfig):
     match: tuple[str, ...] = ()
     """tensors, coordinates: regular expressions on the names of what is masked. Without any: every tensor, and the
     matrices of attention and MLP."""
+    choose: Literal["traversal", "norms"] = "traversal"
+    """How layers are chosen: each once a cycle, as OMGD does; or each period anew, first those that never trained, then
+    by the gradient norms seen so far (ours; whether it trains better was not measured)."""
     period: str = "100step"
     """How long a mask is held: 1epoch, 2epoch, 100step. Only whole epochs pair every sample with every mask."""
     order: Literal["epochwise", "joint"] = "epochwise"
@@ -96,19 +92,24 @@ class Pretrain(TrainConfig):
     def optimizer_for(self, setup: Setup) -> Optimizer:
         """The masked optimizer."""
         made = schedule(self, setup.params, setup.epoch, setup.key)
-        mode = self.scale_mode or ("none" if self.replacement else "grad")
+        mode = self.scale_mode or ("none" if self.replacement or isinstance(made, NormMasks) else "grad")
         return omgd(super().optimizer_for(setup), setup.params, made, mode, self.state_policy)
 
     def notes(self, setup: Setup, optimizer: Optimizer) -> list[str]:
         """What the schedule means for this run."""
         made = schedule(self, setup.params, setup.epoch, setup.key)
-        now = describe(optimizer.metadata, setup.params, made.warmup)
-        masks = "a mask drawn anew each time" if made.replacement else f"{made.masks} masks a cycle, each"
+        now = describe(optimizer.metadata, setup.params, made.warmup, optimizer.init(setup.params, made.warmup))
+        if isinstance(made, NormMasks):
+            masks = f"{made.each} at a time by their gradient norms, each choice"
+        else:
+            masks = "a mask drawn anew each time" if made.replacement else f"{made.masks} masks a cycle, each"
         said = [
             *super().notes(setup, optimizer),
             f"{len(made.groups.labels)} {made.groups.kind} to choose from, {masks} held for {made.period:,} steps; "
             f"{now['trainable']:.0%} of all parameters train under the first",
         ]
+        if isinstance(made, NormMasks):
+            return said
         if lost := gives_up(made, setup.epoch):
             said.append(f"warning: {lost}")
         if not made.replacement and (left := (self.steps - made.warmup) % made.length):
@@ -120,6 +121,14 @@ class Pretrain(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        if self.choose == "norms":
+            cycles = {"order": "epochwise", "remainder": "short", "reshuffle": True, "replacement": False}
+            for name, value in {"by": "layers", **cycles}.items():
+                if (got := getattr(self, name)) != value:
+                    raise UsageError(
+                        f"--choose norms: got --{name} {got}, expected {value}: layers are drawn by their norms, and "
+                        "there is no cycle"
+                    )
         if self.by == "tensors" and self.compile != "off":
             raise UsageError(
                 f"--by tensors: got --compile {self.compile}, expected off: every set of tensors that train inside a "
@@ -127,8 +136,16 @@ class Pretrain(TrainConfig):
             )
 
 
-def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Traversal:
+def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Choice:
     """The masks that the flags ask for, `epoch` steps being a pass over the data."""
+    if config.choose == "norms":
+        return norm_masks(
+            layers(trainable(params)),
+            key,
+            active=config.active,
+            period=duration(config.period, epoch),
+            mask_warmup=duration(config.mask_warmup, epoch),
+        )
     if config.by == "layers":
         chosen = layers(trainable(params))
     elif config.by == "tensors":

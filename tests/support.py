@@ -25,6 +25,7 @@ from optimizers.partition import partition
 from optimizers.random import Key
 from optimizers.registry import RULES as FAMILIES
 from optimizers.rules.adamw import adamw
+from optimizers.wrappers.norms import norm_masks
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, traversal
@@ -39,7 +40,7 @@ RANK, BREAK, STEPS, HOLD = (
     6,
     2,
 )  # HOLD: steps between two masks, or two P, so that a resume stands between switches
-WRAPPERS = ("none", "omgd", "lisa", "rso", "rso products", "omgd over rso", "rso over omgd")
+WRAPPERS = ("none", "omgd", "lisa", "rso", "rso products", "omgd over rso", "rso over omgd", "norms", "omgd over omgd")
 PRECISIONS = ("fp32", "bf16", "bf16-sr", "mixed")
 MATRICES = r"_proj\.weight$"
 RESUMES = "resumes"
@@ -95,6 +96,8 @@ def wrapped(wrapper: str, base: Optimizer, model: Llama, params: Params) -> Opti
     if wrapper in ("omgd", "lisa"):
         masks = traversal(layers(params), Key(1), active=1, period=HOLD, replacement=wrapper == "lisa")
         return omgd(base, params, masks, "none" if wrapper == "lisa" else "grad")
+    if wrapper == "norms":
+        return omgd(base, params, norm_masks(layers(params), Key(1), active=1, period=HOLD), "none")
     if wrapper.startswith("rso"):
         form = "products" if wrapper.endswith("products") else "merged"
         optimizer = rso(base, params, matrices, 2 * RANK, HOLD, Key(2), form)

@@ -42,7 +42,7 @@ from engine.terminal.flags import ask
 from engine.terminal.output import printable
 from engine.terminal.paths import writable
 from optimizers.contract import Optimizer, Params, Slots, UsageError
-from optimizers.wrappers.traversal import describe
+from optimizers.wrappers.choice import describe, owned_keys
 
 from .inspect_page import draw
 from .inspect_report import Report, plain, totals, write_plain, write_rich
@@ -98,7 +98,7 @@ def inspect_fresh(what: str, params: Params, optimizer: Optimizer, match: str = 
         owner = optimizer.owner.get(name)
         who = described(owner) if owner else RuleRecord("frozen", "frozen")
         looks.append(look(name, params[name], state.get(name), who))
-    masks = describe(optimizer.metadata, params, 0) if "traversal" in optimizer.metadata else None
+    masks = describe(optimizer.metadata, params, 0, state) if "traversal" in optimizer.metadata else None
     return Report(what, 0, None, len(params), looks, masks)
 
 
@@ -114,7 +114,7 @@ def matching(names: Iterable[str], match: str) -> list[str]:
 
 
 def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterator[Look]:
-    unknown = reader.owners.keys() - reader.params.names.keys()
+    unknown = reader.owners.keys() - reader.params.names.keys() - set(owned_keys(reader.header))
     if unknown:
         raise CheckpointError(
             f"{reader.path}: has state of {sorted(unknown)[:3]}, which are no parameters of its model"
@@ -162,7 +162,8 @@ def _traversal(reader: Reader) -> dict[str, Any] | None:
         return None
     try:
         shapes = {name: torch.empty(reader.params.shape(name), device="meta") for name in reader.params.names}
-        return describe(reader.header, shapes, reader.step)
+        own = {key: reader.slots(key) for key in owned_keys(reader.header)}
+        return describe(reader.header, shapes, reader.step, own)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{reader.state.file}: damaged, its head's traversal is unreadable: {error}") from None
 

@@ -126,8 +126,13 @@ def headlines(report: Report) -> list[str]:
     if report.traversal is not None:
         where = report.traversal
         visits = " ".join(f"{label}:{count}" for label, count in where["visits"].items())
-        place = f"mask {where['mask'] + 1} of {where['masks']} in cycle {where['cycle'] + 1}"
-        lines.append(f"the next step trains {place}: {' '.join(where['active'])}")
+        if "scores" in where:
+            scores = " ".join(f"{k}:{'never' if v is None else number(v)}" for k, v in where["scores"].items())
+            lines.append(f"the next step trains, chosen by gradient norm: {' '.join(where['active'])}")
+            lines.append(f"root-mean-square gradient norms up to the last choice: {scores}")
+        else:
+            place = f"mask {where['mask'] + 1} of {where['masks']} in cycle {where['cycle'] + 1}"
+            lines.append(f"the next step trains {place}: {' '.join(where['active'])}")
         lines.append(f"steps that each has trained: {visits}")
     return lines
 

@@ -87,7 +87,7 @@ def restore(
     step.state.clear()
     converted: list[Row] = []
     if source is None:
-        step.state.update(_state(saved, step.params))
+        step.state.update(_state(saved, step.optimizer, step.params, step.device))
     else:
         held = SavedState(saved, step.device)
         for name, p in step.params.items():
@@ -158,19 +158,20 @@ class SavedState(Mapping[str, Slots]):
         return len(self.saved.owners)
 
 
-def _state(saved: Reader, params: Params) -> State:
+def _state(saved: Reader, optimizer: Optimizer, params: Params, where: torch.device) -> State:
     """The state of a checkpoint where an optimizer keeps it; slots that two tensors share stay one."""
     placed: dict[str, Tensor] = {}
     state: State = {}
     for owner, slots in saved.owners.items():
-        p, by = params[owner], saved.parked.get(owner, {})
-        device = torch.device("cpu") if any(by.values()) else p.device
+        by, trained = saved.parked.get(owner, {}), params[owner].device if owner in params else where
+        hosted = {slot.name for slot in optimizer.declared(owner) if slot.host or any(by.values())}
         state[owner] = with_status(by, {})
         for slot, key in slots.items():
+            device = torch.device("cpu") if slot in hosted else trained
             stored = saved.state.names[key]
             if stored not in placed:
                 t = saved.state.read(stored)
-                pinned = device.type == "cpu" and p.is_cuda
+                pinned = device.type == "cpu" and trained.type == "cuda"
                 made = torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=pinned)
                 placed[stored] = made.copy_(t)
             state[owner][slot] = placed[stored]
@@ -185,7 +186,13 @@ def _check_state(saved: Reader, optimizer: Optimizer, params: Params) -> None:
                 f"{saved.path}: {key} of its optimizer is {str(got)[:200]}, expected {mine[:200]}; resume with the "
                 "settings and the seed that it was trained with, or convert it with --swap"
             )
-    expected = optimizer.init({n: torch.empty_like(p, device="meta") for n, p in params.items()}, saved.step)
+    shared = {}  # what masks have seen decides what has state
+    for key, slots in optimizer.init({}, saved.step).items():
+        forms = {slot: saved.state.form(where) for slot, where in saved.owners.get(key, {}).items()}
+        if forms == {slot: (tuple(t.shape), t.dtype) for slot, t in slots.items()}:
+            shared[key] = saved.slots(key)
+    meta = {n: torch.empty_like(p, device="meta") for n, p in params.items()}
+    expected = optimizer.init(meta, saved.step, shared)
     for name in {**expected, **saved.owners}:
         wanted = {slot: (tuple(t.shape), t.dtype) for slot, t in expected.get(name, {}).items()}
         other = {slot: saved.state.form(key) for slot, key in saved.owners.get(name, {}).items()}

@@ -4,7 +4,7 @@ Weights, optimizer state and step are built as for training, without memory, and
 when. Nothing here repeats what the step, an optimizer or a model does, so nothing has to be kept equal to them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizers.contract import Group, Optimizer, Params, State
+from optimizers.contract import Optimizer, Params, State
 from optimizers.random import Key
 
 from ..config import RunConfig, step_options
@@ -24,6 +24,8 @@ from .graphs import fused
 from .storages import Peak, Tally
 
 CONTEXT = 500 * 2**20  # what a CUDA context and its libraries take beside tensors; an assumption, it differs by device
+ANSWERED = {torch.bool: True, torch.float32: 1.0}  # by the type of a tensor, when the host asks for its value
+KNOWN = (torch.bool, torch.int64, torch.float64)  # types of what the host makes for itself
 LAYERS = 2**12  # more things than masks choose among, fewer than a tensor has entries
 SIMULATED = 3  # micro-batches that are really run; each one more adds the same
 WEIGHTS, STATE = "weights", "optimizer state: "
@@ -100,9 +102,9 @@ def _simulated(
         tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
         with tally, tally.doing("start-up", "start-up workspace"):
             state = optimizer.init(params)
-            _each(tally.name, state, optimizer.owner)
+            _each(tally.name, state, optimizer)
         beside = {"start-up": tally.peaks()["start-up"], "resume": tally.present()}
-        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state, optimizer.owner)}.values())
+        fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state, optimizer)}.values())
         step = Step(
             segments,
             params,
@@ -123,7 +125,7 @@ def _simulated(
             for i in steps or _telling(optimizer, config.steps):
                 with tally, tally.doing("switch", "switch workspace"):
                     step.switch(i)
-                    _each(tally.name, step.state, optimizer.owner)
+                    _each(tally.name, step.state, optimizer)
                 with tally:
                     step(batches, hypers, i)
             found.append(tally.peaks(before))
@@ -152,17 +154,16 @@ def _saving(step: Step, tally: Tally, config: RunConfig, cuda: bool) -> Peak:
             p.isfinite().all()
             step.optimizer.merge({name: p}, {name: step.state[name]} if name in step.state else {})
         if not cuda and config.save_async == "on":
-            copies = [
-                t.clone() for t in (*step.params.values(), *(t for _, t in _slots(step.state, step.optimizer.owner)))
-            ]
+            copies = [t.clone() for t in (*step.params.values(), *(t for _, t in _slots(step.state, step.optimizer)))]
             tally.name("copy for the disk", copies)
             del copies
     return tally.peaks(before)["saving"]
 
 
 class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Short permutations are drawn for real: what trains when is decided by them. What the host asks of a tensor, such
-    as whether a basis must be rebuilt, is answered with yes."""
+    """What the host decides by is real: short permutations, and short tensors that it makes of its own numbers, such as
+    what trains now. What it asks of another tensor, such as whether a basis must be rebuilt, is answered with yes; and
+    all norms are 1."""
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -173,8 +174,10 @@ class _Drawn(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.randperm.generator and args[0] <= LAYERS:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype in ANSWERED:
+            return ANSWERED[args[0].dtype]
+        if func is torch.ops.aten.lift_fresh.default and args[0].dtype in KNOWN and args[0].numel() <= LAYERS:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -183,17 +186,17 @@ def _telling(optimizer: Optimizer, total: int) -> list[int]:
     return [0, *[i for i in range(1, min(total, 100_000)) if optimizer.switches(i)][:1]]
 
 
-def _slots(state: State, owner: Mapping[str, Group]) -> Iterator[tuple[str, Tensor]]:
+def _slots(state: State, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the state with its kind, as its rule declares it."""
     for key, slots in state.items():
-        kinds = {slot.name: slot.kind for slot in owner[key].rule.slots}
+        kinds = {slot.name: slot.kind for slot in optimizer.declared(key)}
         for name, t in slots.items():
             yield STATE + kinds[name], t
 
 
-def _each(tell: Callable[[str, list[Tensor]], None], state: State, owner: Mapping[str, Group]) -> None:
+def _each(tell: Callable[[str, list[Tensor]], None], state: State, optimizer: Optimizer) -> None:
     """Tell the kind of each; in a frame of its own, as a name left on a tensor would keep what a switch lets go."""
-    for kind, t in _slots(state, owner):
+    for kind, t in _slots(state, optimizer):
         tell(kind, [t])
 
 

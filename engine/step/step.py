@@ -159,16 +159,17 @@ class Step:
         """
         if not self.optimizer.switches(step):
             return False
+        shared = self.optimizer.choose({key: self.state.pop(key) for key in self.optimizer.shared}, step)
         state: State = {}
         for names in sorted(self.chain.owned, key=lambda names: not any(name in self.state for name in names)):
             params = {name: self.params[name] for name in names if name in self.params}
             own = {name: self.state.pop(name) for name in params if name in self.state}
-            moved, own = self.optimizer.switch(params, own, step, self.key)
+            moved, own = self.optimizer.switch(params, own | shared, step, self.key)
             for name, p in moved.items():
                 if p is not params[name]:
                     params[name].copy_(p)
             state |= own
-        self.state |= {name: state[name] for name in self.params if name in state}
+        self.state |= {name: state[name] for name in self.params if name in state} | shared
         self.missing.look(self.state)
         return True
 
@@ -198,7 +199,7 @@ class _Update:
     def __init__(self, step: Step, trainable: Params, hypers: Mapping[str, Hyper], count: int) -> None:
         self.step, self.trainable, self.hypers, self.count = step, trainable, hypers, count
         moved = step.moved(trainable)
-        self.due = set(step.optimizer.due(count)).intersection(moved)
+        self.due = set(step.optimizer.due(count, step.state)).intersection(moved)
         self.missing = step.missing.names().intersection(moved)
         self.squares: list[tuple[tuple[str, ...], Tensor]] = []
         self.refreshed: list[Tensor] = []
@@ -223,7 +224,20 @@ class _Update:
                 self._move(self.waiting.pop(0))
         norm = torch.cat([s for _, s in self.squares]).sum().sqrt() if self.squares else torch.zeros_like(loss)
         self.step.previous = norm
+        self._tell()
         return Result(loss, norm, self.squares, self.refreshed)
+
+    @torch.no_grad()
+    def _tell(self) -> None:
+        """Let the optimizer see the norms, where it keeps something of them."""
+        optimizer, state = self.step.optimizer, self.step.state
+        if not optimizer.shared:
+            return
+        seen = [(self.step.moved(names), values) for names, values in self.squares]
+        for key, slots in optimizer.observe({key: state[key] for key in optimizer.shared}, seen).items():
+            for slot, value in slots.items():
+                if value is not state[key][slot]:
+                    state[key][slot].copy_(value)
 
     @torch.no_grad()
     def _move(self, grads: Params) -> None:

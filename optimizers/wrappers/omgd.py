@@ -16,19 +16,21 @@ all but cancels, so `scale_mode="update"` (ours) multiplies updates, decay inclu
 "joint"; it needs "keep" and saves no memory. The paper's experiments, and the default here, are epochwise.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..contract import Group, Kind, Optimizer, Params, Rule, Slots, State, UsageError
+from ..contract import Group, Kind, Optimizer, Params, Rule, Slot, Slots, State, UsageError
 from ..partition import blank
 from ..random import Key
 from ..state import parked_by, place, with_status
+from .choice import STATE, Choice
 from .masked import gathered, scaled
-from .traversal import Traversal, write
+from .norms import NormMasks
+from .traversal import Traversal
 from .wrapper import Wrapper
 
 Policy = Literal["drop", "keep", "offload"]
@@ -43,7 +45,7 @@ class Omgd(Wrapper):
     a stack, the innermost being 1: by it slots say who has parked them.
     """
 
-    masks: Traversal
+    masks: Choice
     grouped: Mapping[str, int]  # parameters that are masked -> their group
     scale: str
     policy: Policy
@@ -54,23 +56,57 @@ class Omgd(Wrapper):
         """Do masks choose entries inside of tensors?"""
         return self.masks.groups.kind == "coordinates"
 
-    def init(self, params: Params, step: int = 0) -> State:
-        state = self.base.init({n: p for n, p in params.items() if n not in self.grouped}, step)
-        last = max(step - 1, 0)  # a mask is switched before its first step, not after another's last
-        now = self.masks.active(last)
+    @property
+    def key(self) -> str:
+        """The key of the masks' own slots in the state."""
+        return f"masks:{self.depth}"
+
+    @property
+    def shared(self) -> Mapping[str, tuple[Slot, ...]]:
+        return {**self.base.shared, **({self.key: self.masks.slots} if self.masks.slots else {})}
+
+    def init(self, params: Params, step: int = 0, shared: State | None = None) -> State:
+        shared = dict(shared or {})
+        if self.masks.slots and self.key not in shared:
+            shared[self.key] = self.masks.fresh(step, next(iter(params.values()), torch.empty(0)).device)
+        state = self.base.init({n: p for n, p in params.items() if n not in self.grouped}, step, shared)
+        shared |= {key: state.pop(key) for key in self.base.shared}
+        last, own = max(step - 1, 0), shared.get(self.key, {})  # a mask is switched before its first step, not before
+        now = set(self.masks.active(last, own))
         for name, p in params.items():
             if name not in self.grouped:
                 continue
             if self.grouped[name] in now:
-                state |= self._fresh(name, p, last)
+                state |= self._fresh(name, p, last, shared)
             elif self.policy != "drop":  # as it was when it left, or at the start
-                left = self._fresh(name, p, max(self.masks.since(self.grouped[name], last) - 1, 0))
+                left = self._fresh(name, p, max(self.masks.since(self.grouped[name], last, own) - 1, 0), shared)
                 state |= {n: self._parked(self._marked(slots, p, last), n, p) for n, slots in left.items()}
-        return {name: state[name] for name in params if name in state}
+        return {n: state[n] for n in params if n in state} | {key: shared[key] for key in self.shared}
+
+    def choose(self, shared: State, step: int) -> State:
+        shared = self.base.choose(shared, step)
+        if not self.masks.slots or not self.masks.switches(step):
+            return shared
+        return {**shared, self.key: self.masks.choose(shared[self.key], step)}
+
+    def observe(self, shared: State, squares: Sequence[tuple[Sequence[str], Tensor]]) -> State:
+        shared = self.base.observe(shared, squares)
+        if not self.masks.slots:
+            return shared
+        sums: dict[int, Tensor] = {}
+        for names, values in squares:
+            groups = [self.grouped.get(name) for name in names]
+            for group in dict.fromkeys(g for g in groups if g is not None):
+                own = [values[i] for i, other in enumerate(groups) if other == group]
+                part = values.sum() if len(own) == len(names) else torch.stack(own).sum()
+                sums[group] = sums[group] + part if group in sums else part
+        return {**shared, self.key: self.masks.observe(shared[self.key], sums)}
 
     def switch(self, params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
         params, new = dict(params), dict(state)
-        now, before = set(self.masks.active(step)), set(self.masks.active(step - 1))
+        shared = {key: new.pop(key) for key in self.shared}
+        own = shared.get(self.key, {})
+        now, before = set(self.masks.active(step, own)), set(self.masks.before(step, own))
         mine = {name: self.grouped[name] for name in params if name in self.grouped}
         for name in [n for n, group in mine.items() if group in before and group not in now and n in new]:
             left = new.pop(name)
@@ -79,42 +115,47 @@ class Omgd(Wrapper):
                 new[name] = self._parked(left, name, params[name])
         if self.base.switches(step):
             staying = {n: p for n, p in params.items() if n not in mine or (mine[n] in now and mine[n] in before)}
-            moved, switched = self.base.switch(staying, {n: new.pop(n) for n in staying if n in new}, step, key)
+            old = {n: new.pop(n) for n in staying if n in new}
+            moved, switched = self.base.switch(staying, old | shared, step, key)
             params |= moved
-            new |= switched
+            new |= {n: slots for n, slots in switched.items() if n in staying}
         for name in [n for n, group in mine.items() if group in now]:
             if self.compact and self.masks.switches(step):
-                new |= self._fresh(name, params[name], step)
+                new |= self._fresh(name, params[name], step, shared)
             elif mine[name] not in before:
-                moved, back = self._returned(name, params[name], new.pop(name, None), step, key)
-                params |= moved
-                new |= back
+                held = new.pop(name, None)
+                if held is None:
+                    new |= self._fresh(name, params[name], step, shared)
+                else:
+                    moved, back = self._returned(name, params[name], held, shared, step, key)
+                    params |= moved
+                    new |= back
             if name in new:
                 new[name] = self._marked(new[name], params[name], step)
-        return params, {name: new[name] for name in params if name in new}
+        return params, {name: new[name] for name in params if name in new} | shared
 
-    def _returned(self, name: str, p: Tensor, held: Slots | None, step: int, key: Key) -> tuple[Params, State]:
-        """A parameter that trains again, and its state: what it left with, or a fresh one."""
-        if held is None:
-            return {name: p}, self._fresh(name, p, step)
+    def _returned(self, name: str, p: Tensor, held: Slots, shared: State, step: int, key: Key) -> tuple[Params, State]:
+        """A parameter that trains again, and the state that it left with."""
         by = {depth: host for depth, host in parked_by(held).items() if depth != self.depth}
         params: Params = {name: p}
         state: State = {name: place(with_status(by, held), p.device)}
-        since = self.masks.since(self.grouped[name], step - 1)
+        since = self.masks.since(self.grouped[name], step - 1, shared.get(self.key, {}))
         for missed in filter(self.base.switches, range(since, step + 1)):  # what changed while it was away
-            params, state = self.base.switch(params, state, missed, key)
+            params, after = self.base.switch(params, state | shared, missed, key)
+            state = {n: slots for n, slots in after.items() if n == name}
         return params, state
 
-    def due(self, step: int) -> tuple[str, ...]:
-        names = dict.fromkeys(self.base.due(step))
+    def due(self, step: int, state: State | None = None) -> tuple[str, ...]:
+        names = dict.fromkeys(self.base.due(step, state))
         if not self.masks.switches(step) or self.compact:
             return tuple(names)
-        now, before = set(self.masks.active(step)), set(self.masks.active(step - 1))
+        own = (state or {}).get(self.key, {})
+        now, before = set(self.masks.active(step, own)), set(self.masks.before(step, own))
         new = {n for n, group in self.grouped.items() if group in now and group not in before}
         new = {n for n in new if self.owner[n].rule.refresh}
         if self.policy == "drop":
             return tuple(names | dict.fromkeys(sorted(new)))
-        since = {n: self.masks.since(self.grouped[n], step - 1) for n in new}
+        since = {n: self.masks.since(self.grouped[n], step - 1, own) for n in new}
         for t in range(step - 1, -1, -1):  # ends within a gap: until then each has been active, or due
             new = {n for n in new if since[n] <= t}
             if not new:
@@ -130,15 +171,15 @@ class Omgd(Wrapper):
     def batch(self, step: int) -> int:
         return self.base.batch(self.masks.batch(step))
 
-    def _fresh(self, name: str, p: Tensor, step: int) -> State:
+    def _fresh(self, name: str, p: Tensor, step: int, shared: State) -> State:
         """State of a parameter that trains at `step`, as new; none where a mask inside of this one freezes it."""
         if not self.compact:
-            made = self.base.init({name: p}, step + 1)
-        else:
-            entries = self.masks.entries(name, p.numel(), step).to(p.device)
-            (slots,) = self.base.init({name: p.detach().flatten()[: len(entries)]}).values()
-            made = {name: {**slots, "entries": entries}}
-        return {n: self._marked(slots, p, step) for n, slots in made.items()}
+            made = self.base.init({name: p}, step + 1, shared)
+            return {n: self._marked(slots, p, step) for n, slots in made.items() if n == name}
+        assert isinstance(self.masks, Traversal)
+        entries = self.masks.entries(name, p.numel(), step).to(p.device)
+        slots = self.base.init({name: p.detach().flatten()[: len(entries)]}, 0, shared)[name]
+        return {name: self._marked({**slots, "entries": entries}, p, step)}
 
     def _marked(self, slots: Slots, p: Tensor, step: int) -> Slots:
         """Slots with the scale of the mask at `step`."""
@@ -155,7 +196,7 @@ class Omgd(Wrapper):
 
 
 def omgd(
-    base: Optimizer, params: Params, masks: Traversal, scale_mode: ScaleMode = "grad", state_policy: Policy = "drop"
+    base: Optimizer, params: Params, masks: Choice, scale_mode: ScaleMode = "grad", state_policy: Policy = "drop"
 ) -> Omgd:
     """`base`, with only what the current mask keeps being trained. State: as `base`'s for what is active.
 
@@ -167,6 +208,16 @@ def omgd(
     Inside a segment every set of active tensors is a graph of its own: compile layers and coordinates, not tensors.
     Raises UsageError for what cannot be combined, and names the tensor that a rule cannot serve.
     """
+    if isinstance(masks, NormMasks) and scale_mode != "none":
+        raise UsageError(
+            "omgd: masks by norm do not visit all groups equally often, so there is nothing to scale by; got "
+            f"scale_mode {scale_mode!r}, expected 'none'"
+        )
+    if base.shared and state_policy != "drop":
+        raise UsageError(
+            "omgd: what masks by norm did to a tensor while other masks froze it is not recorded, so these cannot "
+            f"keep its state; got state_policy {state_policy!r} over them, expected 'drop'"
+        )
     if masks.order == "joint" and state_policy != "keep":
         raise UsageError(
             f"omgd: order 'joint' changes the mask every step; got state_policy {state_policy!r}, expected 'keep'"
@@ -188,21 +239,17 @@ def omgd(
             rules[group.rule] = group.rule if scale_mode == "none" else scaled(group.rule, scale_mode, scale)
         owner[name] = group._replace(rule=rules[group.rule])
     if compact:
+        assert isinstance(masks, Traversal)
         gathers = {rule: gathered(rule, masks.masks) for rule in rules.values()}
         for name in grouped:
             rule = owner[name].rule
             _check_coordinates(name, params[name], rule, masks, state_policy)
             owner[name] = owner[name]._replace(rule=gathers[rule])
-    return Omgd(
-        base,
-        owner,
-        _over(base.metadata, {"traversal": write(masks), "scale_mode": scale_mode, "state_policy": state_policy}),
-        masks,
-        grouped,
-        "" if scale_mode == "none" else scale,
-        state_policy,
-        1 + masked_depth(base),
-    )
+    depth = 1 + masked_depth(base)
+    said: dict[str, str] = {"traversal": masks.write(), "scale_mode": scale_mode, "state_policy": state_policy}
+    slot, metadata = "" if scale_mode == "none" else scale, _over(base.metadata, said)
+    made = Omgd(base, owner, metadata, masks, grouped, slot, state_policy, depth)
+    return replace(made, metadata={**metadata, STATE: made.key}) if masks.slots else made
 
 
 def masked_depth(optimizer: Optimizer) -> int:
@@ -214,7 +261,8 @@ def masked_depth(optimizer: Optimizer) -> int:
 
 def _over(inner: Mapping[str, str], own: dict[str, str]) -> dict[str, str]:
     """What masks say of themselves, and what those below them do, each of which is one "over." deeper."""
-    return {f"over.{k}" if k.rpartition("over.")[2] in own else k: v for k, v in inner.items()} | own
+    names = {*own, STATE}
+    return {f"over.{k}" if k.rpartition("over.")[2] in names else k: v for k, v in inner.items()} | own
 
 
 def _check_coordinates(name: str, p: Tensor, rule: Rule, masks: Traversal, policy: Policy) -> None:

@@ -56,10 +56,10 @@ class Rso(Wrapper):
     projection: str
     moments: str
 
-    def init(self, params: Params, step: int = 0) -> State:
+    def init(self, params: Params, step: int = 0, shared: State | None = None) -> State:
         last = max(step - 1, 0)
         drawn = self._bases(params, last - last % self.period)
-        state = self.base.init(self._inner(params), step)
+        state = self.base.init(self._inner(params), step, shared)
         return {n: self._around(n, params[n], drawn[n], s) if n in drawn else s for n, s in state.items()}
 
     def split(self, params: Params, state: State) -> tuple[Params, Params]:
@@ -82,8 +82,8 @@ class Rso(Wrapper):
     def parameter_of(self, trained: str) -> str:
         return self.stands.get(trained) or self.base.parameter_of(trained)
 
-    def due(self, step: int) -> tuple[str, ...]:
-        now = set(self.base.due(step))
+    def due(self, step: int, state: State | None = None) -> tuple[str, ...]:
+        now = set(self.base.due(step, state))
         if step % self.period == 0:
             now |= {name for name in self.subspaces if self.owner[name].rule.refresh}
         return tuple(name for name in self.owner if name in now)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import Params, UsageError
+from ..contract import Params, Slot, Slots, UsageError
 from ..random import Key, fold, permutation
 
 Kind = Literal["layers", "tensors", "coordinates"]
@@ -148,11 +148,32 @@ class Traversal(NamedTuple):
         drawn = split(fold(self.key, "mask", self._drawn(cycle)), n, self.masks, self.each, sizes)[mask]
         return tuple(sorted(order[i] for i in drawn))
 
-    def active(self, step: int) -> tuple[int, ...]:
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What a traversal has seen: it is a pure function of the step, and keeps nothing. `own` is empty below."""
+        return ()
+
+    def fresh(self, step: int, device: torch.device) -> Slots:
+        """No slots."""
+        return {}
+
+    def choose(self, own: Slots, step: int) -> Slots:
+        """No slots."""
+        return own
+
+    def observe(self, own: Slots, squares: Mapping[int, Tensor]) -> Slots:
+        """No slots."""
+        return own
+
+    def active(self, step: int, own: Slots | None = None) -> tuple[int, ...]:
         """The groups that train at a step."""
         return self.members(*self.at(step)[:2])
 
-    def since(self, group: int, step: int) -> int:
+    def before(self, step: int, own: Slots | None = None) -> tuple[int, ...]:
+        """The groups that trained at the step before."""
+        return self.active(step - 1)
+
+    def since(self, group: int, step: int, own: Slots | None = None) -> int:
         """The step after the last one, up to `step`, at which a group trained; 0 if it never did."""
         while step >= 0:
             if group in self.active(step):
@@ -176,6 +197,10 @@ class Traversal(NamedTuple):
         if self.groups.kind == "coordinates":
             return self.masks > 1
         return step == self.warmup or self.active(step) != self.active(step - 1)
+
+    def write(self) -> str:
+        """As JSON, for the head of a checkpoint."""
+        return json.dumps(self._replace(groups=self.groups._asdict())._asdict())  # type: ignore[arg-type]
 
     def _drawn(self, cycle: int) -> int:
         """The cycle whose draw this one uses."""
@@ -288,13 +313,8 @@ def gives_up(made: Traversal, epoch: int) -> str:
     )
 
 
-def write(made: Traversal) -> str:
-    """The schedule as JSON, for the head of a checkpoint."""
-    return json.dumps(made._replace(groups=made.groups._asdict())._asdict())  # type: ignore[arg-type]
-
-
 def read(text: str) -> Traversal:
-    """The schedule that `write` wrote."""
+    """The schedule that `Traversal.write` wrote."""
     content: dict[str, Any] = json.loads(text)
     kind, labels, names, sizes = (content["groups"][field] for field in Groups._fields)
     groups = Groups(kind, tuple(labels), tuple(map(tuple, names)), tuple(sizes))

@@ -1,9 +1,11 @@
 """What every wrapper is: an optimizer over another one, to which it leaves all that it does not change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..contract import Group, Optimizer, Params, State
+from torch import Tensor
+
+from ..contract import Group, Optimizer, Params, Slot, State
 from ..random import Key
 
 
@@ -15,11 +17,15 @@ class Wrapper(Optimizer):
     owner: Mapping[str, Group]
     metadata: Mapping[str, str]
 
-    def init(self, params: Params, step: int = 0) -> State:
-        return self.base.init(params, step)
+    @property
+    def shared(self) -> Mapping[str, tuple[Slot, ...]]:
+        return self.base.shared
 
-    def due(self, step: int) -> tuple[str, ...]:
-        return self.base.due(step)
+    def init(self, params: Params, step: int = 0, shared: State | None = None) -> State:
+        return self.base.init(params, step, shared)
+
+    def due(self, step: int, state: State | None = None) -> tuple[str, ...]:
+        return self.base.due(step, state)
 
     def split(self, params: Params, state: State) -> tuple[Params, Params]:
         return self.base.split(params, state)
@@ -30,8 +36,14 @@ class Wrapper(Optimizer):
     def switches(self, step: int) -> bool:
         return self.base.switches(step)
 
+    def choose(self, shared: State, step: int) -> State:
+        return self.base.choose(shared, step)
+
     def switch(self, params: Params, state: State, step: int, key: Key) -> tuple[Params, State]:
         return self.base.switch(params, state, step, key)
+
+    def observe(self, shared: State, squares: Sequence[tuple[Sequence[str], Tensor]]) -> State:
+        return self.base.observe(shared, squares)
 
     def batch(self, step: int) -> int:
         return self.base.batch(step)

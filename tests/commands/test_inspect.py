@@ -367,6 +367,19 @@ def test_where_a_traversal_stands(tmp_path, capsys):
     assert "# steps that each has trained: " in out and "# the next step trains mask " in out
 
 
+def test_what_masks_by_norm_have_seen(tmp_path, capsys):
+    line = f"omgd pretrain --choose norms --active 1 --period 2step {TINY}"
+    assert here(corpus(tmp_path), f"{line} --steps 3 --out run").code == 0
+    where = json.loads(call(capsys, tmp_path / "run", "--json")[1])["traversal"]
+    assert sorted(where["visits"].values()) == [1, 2], "the third step is the second layer's first"
+    never = [layer for layer, score in where["scores"].items() if score is None]
+    assert where["active"] == never and where["visits"][never[0]] == 1
+    out = call(capsys, tmp_path / "run")[1]
+    assert f"# the next step trains, chosen by gradient norm: {never[0]}" in out and f"{never[0]}:never" in out
+    assert tool.main(["--fresh", line]) == 0
+    assert out.count("chosen by gradient norm") == capsys.readouterr().out.count("chosen by gradient norm") == 1
+
+
 # What a run would save.
 
 
@@ -377,6 +390,7 @@ def test_where_a_traversal_stands(tmp_path, capsys):
         "snsm demo --rank 4 --precision bf16-sr",
         "sumo demo --rank 4",
         "omgd pretrain --active 1 --period 2step --state-policy keep",
+        "omgd pretrain --choose norms --active 1 --period 2step",
         "rso demo --rank 4 --form products",
     ],
 )

@@ -11,6 +11,7 @@ from optimizers import torch_optim
 from optimizers.contract import UsageError
 from optimizers.registry import RULES
 from optimizers.wrappers.masks import Masks
+from optimizers.wrappers.norms import norm_masks
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, traversal
@@ -90,7 +91,15 @@ def test_what_a_loop_cannot_follow_is_refused():
     def subspace(base, params, key):
         return rso(base, params, ["layers.0.q_proj.weight"], 2, 4, key)
 
-    for wrap, match in ((kept, "state_policy 'drop'"), (joint, "drop"), (subspace, "in the place of")):
+    def by_norm(base, params, key):
+        return omgd(base, params, norm_masks(layers(params), key, active=1, period=2), "none")
+
+    for wrap, match in (
+        (by_norm, "depend on the gradient norms"),
+        (kept, "state_policy 'drop'"),
+        (joint, "drop"),
+        (subspace, "in the place of"),
+    ):
         with pytest.raises(UsageError, match=match):
             facade(toy(), "adamw", wrap=wrap)
 

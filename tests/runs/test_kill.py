@@ -19,6 +19,7 @@ RUNS = {
     "galore, in the background": "baseline --optimizer galore --rank 4 --update-proj-gap 5 --save-async on",
     "muon, two micro-batches": "baseline --optimizer muon --accumulation 2 --clip previous",
     "omgd, at switches": "omgd pretrain --active 1 --period 4step",
+    "omgd by norms, at switches": "omgd pretrain --choose norms --active 1 --period 4step",
     "rso, at switches": "rso demo --rank 4 --period 5 --form products",
     "lisa": "baseline --optimizer lisa --active 1 --period 5step",
     "sgd": "baseline --optimizer sgd",

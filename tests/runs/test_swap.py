@@ -19,6 +19,7 @@ TARGETS = {
     "rso": "rso demo --rank 4 --period 7",
     "rso in products, shared": "rso demo --rank 4 --period 7 --form products --share",
     "omgd": "omgd pretrain --active 1 --period 5step",
+    "omgd by norms": "omgd pretrain --choose norms --active 1 --period 3step",
     "omgd over sumo, kept": "omgd pretrain --active 1 --period 5step --over sumo --rank 4 --state-policy keep",
     "adamw": "baseline",
 }

@@ -46,6 +46,11 @@ RUNS = {
     "omgd, kept": "omgd pretrain --active 1 --period 5step --state-policy keep",
     "omgd, offloaded": "omgd pretrain --active 1 --period 5step --state-policy offload",
     "omgd, joint": "omgd pretrain --active 1 --period 4step --state-policy keep --order joint",
+    "omgd by norms": "omgd pretrain --choose norms --active 1 --period 4step",
+    "omgd by norms over snsm, kept, bf16": (
+        "omgd pretrain --choose norms --over snsm --rank 4 --update-proj-gap 7 --active 1 --period 5step "
+        "--state-policy keep --precision bf16-sr --recompute"
+    ),
     "omgd of tensors": "omgd pretrain --by tensors --keep 0.3 --balance numel --period 5step",
     "omgd of coordinates": "omgd pretrain --by coordinates --keep 0.3 --period 5step",
     "omgd over snsm": "omgd pretrain --over snsm --rank 4 --update-proj-gap 7 --active 1 --period 5step",
@@ -59,7 +64,7 @@ QUICK = {
     *("adamw", "muon", "galore in the middle of a gap", "snsm", "sumo"),
     *("recomputed, two micro-batches", "bf16, stochastic rounding", "mixed precision, tied", "lisa"),
     *("rso in products, kept, with a penalty", "omgd in the middle of a mask", "omgd, joint"),
-    *("omgd of coordinates", "omgd over sumo"),
+    *("omgd by norms", "omgd of coordinates", "omgd over sumo"),
 }
 assert QUICK <= RUNS.keys()
 

@@ -33,7 +33,8 @@ each_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_after_any_step_the_state_is_what_a_resumed_run_expects(rule, wrapper):
     step = made(rule, wrapper)
     for done in range(STEPS + 1):
-        expected = described(step.optimizer.init(step.params, done))
+        shared = {key: step.state[key] for key in step.optimizer.shared}
+        expected = described(step.optimizer.init(step.params, done, shared))
         assert described(step.state) == expected and list(step.state) == list(expected), done
         assert all(t.is_contiguous() and not t.is_meta for slots in step.state.values() for t in slots.values())
         train(step, done, done + 1)
@@ -51,7 +52,10 @@ def test_what_an_optimizer_says_of_a_model_is_of_this_model(rule, wrapper):
         trainable, frozen = optimizer.split(params, step.state)
         assert not trainable.keys() & frozen.keys()
         assert {optimizer.parameter_of(name) for name in trainable} <= params.keys()
-        assert step.state.keys() <= params.keys() and set(optimizer.due(done)) <= params.keys()
+        assert (
+            step.state.keys() <= params.keys() | optimizer.shared.keys()
+            and set(optimizer.due(done, step.state)) <= params.keys()
+        )
         merged = optimizer.merge(dict(params), step.state)
         assert {n: (p.shape, p.dtype) for n, p in merged.items()} == {n: (p.shape, p.dtype) for n, p in params.items()}
     assert not optimizer.switches(0), "a fresh state stands as the first step needs it"
