@@ -62,6 +62,12 @@ class RunConfig:
     nothing: a new pass over the data begins, in the new order."""
     eval_every: int = 100
     """Steps between evaluations on held-out text; one more follows the last step."""
+    eval_first: bool = False
+    """Evaluate before the first step too."""
+    patience: int = 0
+    """End the run after so many evaluations in a row that are no better than the best before them; 0: never."""
+    keep_best: bool = False
+    """Save a checkpoint wherever the held-out loss is the lowest so far, and keep the one where it is."""
     save_every: int = 1000
     """Steps between checkpoints; one more follows the last step."""
     keep_last: int = 2
@@ -86,7 +92,7 @@ class RunConfig:
             self.at_least(name, 1)
         for name in ("keep_last", "log_every"):
             self.at_least(name, 1)
-        for name in ("keep_every", "inspect_every", "rewarm"):
+        for name in ("keep_every", "inspect_every", "rewarm", "patience"):
             self.at_least(name, 0)
         if not self.clip_norm > 0:
             raise UsageError(f"--clip-norm must be above 0, got {self.clip_norm}")

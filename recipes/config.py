@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from engine.data.tokenizer import load_tokenizer
+from engine.step.segments import Batch
+from engine.tasks import language
 from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
@@ -72,6 +74,7 @@ class TrainConfig(LanguageConfig):
     """STEP "RECIPE FLAGS": at this step, go on with another optimizer, such as 200 "snsm demo --rank 48"."""
 
     recipe: ClassVar[str] = ""  # the module in recipes/, and what else tells its runs from others
+    about: ClassVar[tuple[str, ...]] = ("init", "model", "size", "prompt")  # what a swap of the optimizer leaves
     align: ClassVar[bool] = False  # epochs are whole steps
     prefix: ClassVar[str] = "optimizer"  # before an option's flag, where the recipe has a flag of that name itself
     also: ClassVar[Mapping[str, str]] = {}  # other names of the flags of "optimizer" and of options
@@ -164,6 +167,14 @@ class TrainConfig(LanguageConfig):
     def optimizer_for(self, setup: "Setup") -> Optimizer:
         """The optimizer: rules for groups, and what wraps them."""
         return partition(setup.params, self.groups(setup.params), self.stagger)
+
+    def settled(self, epoch: int) -> Any:
+        """This config, with what follows from an epoch being so many steps."""
+        return self
+
+    def blank(self, rows: int) -> Batch:
+        """A batch as the run has them, on the current device, that says nothing: what a plan needs of it."""
+        return language.blank(rows, self.sequence, self.documents == "apart")
 
     def notes(self, setup: "Setup", optimizer: Optimizer) -> list[str]:
         """What a user should know of the optimizer for this run."""

@@ -27,7 +27,7 @@ def parse(config: Config, args: Sequence[str] | None, program: str, description:
 
     Raises UsageError.
     """
-    return settle(config, _typed(args), program, description)
+    return settle(config, typed(args), program, description)
 
 
 def parse_presets(
@@ -35,7 +35,7 @@ def parse_presets(
 ) -> Any:
     """The same, where the first word names one of several configs, each with a line that says what it is. Those that
     train nothing have flags of their own. Raises UsageError."""
-    words = _typed(args)
+    words = typed(args)
     if words and words[0] in presets:
         said, config = presets[words[0]]
         return settle(config, words[1:], program, said, f" {words[0]}")
@@ -62,8 +62,14 @@ def settle(config: Any, words: Sequence[str], program: str, description: str | N
     return chosen(found, under, words) if isinstance(under, TrainConfig) else found
 
 
-def _typed(args: Sequence[str] | None) -> list[str]:
+def typed(args: Sequence[str] | None) -> list[str]:
+    """The command line, by default that of this process."""
     return [*(sys.argv[1:] if args is None else args)]
+
+
+def given(words: Sequence[str]) -> list[tuple[int, tuple[str, str]]]:
+    """The places of flags among words, each with its name and with its value where that stands in the same word."""
+    return [(i, (word.partition("=")[0], word.partition("=")[2])) for i, word in enumerate(words) if word[:2] == "--"]
 
 
 def respelled(config: TrainConfig, words: Sequence[str]) -> list[str]:

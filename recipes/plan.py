@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.step.segments import cut
-from engine.tasks.language import blank
 
 from .build import build, vocabulary_of
 from .config import TrainConfig
@@ -33,7 +32,6 @@ def planned(
 
     def built() -> Built:
         params = run.place("cpu", fill=False)
-        apart = config.documents == "apart"
-        return Built(cut(run.model), params, run.optimizer, lambda rows: blank(rows, config.sequence, apart), run.key)
+        return Built(cut(run.model), params, run.optimizer, config.blank, run.key)
 
     return plan(built, config, device, () if last is None or device == "cuda" else (last,))

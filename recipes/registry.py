@@ -16,6 +16,7 @@ from .config import TrainConfig
 
 CONFIGS = {  # a recipe's name in a checkpoint -> its module and class
     "baseline": ("baseline", "Baseline"),
+    "finetune": ("finetune", "Finetune"),
     "omgd": ("omgd", "Pretrain"),
     "rso": ("rso", "Rso"),
     "snsm": ("snsm", "Snsm"),

@@ -60,8 +60,12 @@ def converting(
     target: TrainConfig, config: TrainConfig, path: Path, out: Path, swap: Literal["convert", "only"]
 ) -> TrainConfig:
     """`target`'s optimizer on the data, model, length and bookkeeping of `config`, from its checkpoint at `path`."""
-    shared = {
-        name: getattr(config, name) for name in (*(f.name for f in fields(LanguageConfig)), "model", "size", "prompt")
-    }
+    if config.about != target.about:
+        raise UsageError(
+            f"recipes.{target.recipe}: trains on something else than recipes.{config.recipe}; name that one, with "
+            "another --optimizer"
+        )
+    names = (*(f.name for f in fields(LanguageConfig)), *config.about)
+    shared = {name: getattr(config, name) for name in names}
     placed = {"out": out, "resume": str(path), "swap": swap, "swap_at": None}
     return replace(target, **{**shared, **placed})

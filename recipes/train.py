@@ -6,45 +6,35 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
 from engine.atomic import write_whole
 from engine.checkpoint import Reader
-from engine.data import Tokens, tokenizer_of
-from engine.data.prepare import cached
-from engine.data.prompt import prompt_ids
-from engine.data.request import Request
 from engine.data.tokenizer import KEPT, Tokenizer
 from engine.fit import plain_console, resume
 from engine.inspection.receipt import receipt
+from engine.loop.best import best
 from engine.loop.folder import device_of, leave_branch, place
 from engine.loop.metrics import FILE, Metrics
 from engine.loop.result import evaluations, write_result
 from engine.loop.trainer import Trainer
-from engine.tasks.language import LanguageTask
+from engine.task import Task
 from engine.terminal.attempt import attempt
 from engine.terminal.command import pasted, program
-from engine.terminal.progress import Bar
 from models.sampling import generate
 from optimizers.compile import can_compile
 
 from . import init
 from .build import Run, build
+from .chat import ChatConfig
 from .config import TrainConfig
+from .conversations import Conversations
+from .material import Material, Text
 from .plan import planned
 from .registry import trained_by
 from .swap import continued, plain, report, source
-
-
-class Text(NamedTuple):
-    """What a language model is trained on."""
-
-    tokens: Tokens
-    held_out: Tokens
-    tokenizer: Tokenizer
 
 
 def train(config: TrainConfig, saved: Reader | None = None) -> Path:
@@ -67,41 +57,33 @@ def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple
     """A run under one optimizer: its folder, and the config that goes on where --swap-at asks for one."""
     config.check()
     device = device_of(config.device)
-    stem = Path("runs") / "-".join(filter(None, [config.recipe, config.trains, config.named]))
-    with place(config, stem, console.print, config.dry_run, saved) as (out, found):
-        return _trained(config, console, device, out, found)
-
-
-def _trained(
-    config: TrainConfig, console: Console, device: torch.device, out: Path, saved: Reader | None
-) -> tuple[Path, TrainConfig | None]:
-    """In `out`, which is this process's own, from the checkpoint `saved`, if any."""
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")
         config = dataclasses.replace(config, compile="off")
-    text = _read(config, console)
-    size = config.micro_batch * config.accumulation
-    positions = config.shape(text.tokenizer.vocab_size).max_position_embeddings
-    prompt, remark = prompt_ids(text.tokenizer, config.prompt, positions)
-    if remark:
-        console.print(remark)
-    run = build(config, text.tokenizer.vocab_size, -(-_rows(config, text) // size))
-    task = LanguageTask(
-        run.model,
-        text.tokens,
-        text.held_out,
-        config.sequence,
-        config=run.model.config.to_hf(),
-        seed=config.seed,
-        align=size if config.align else 1,
-        eval_windows=config.eval_windows,
-        apart=config.documents == "apart",
-    )
-    _introduce(run, task, text, console)
+    material = material_of(config, console)
+    config = config.settled(-(-material.rows // (config.micro_batch * config.accumulation)))
+    stem = Path("runs") / "-".join(filter(None, [config.recipe, config.trains, config.named]))
+    with place(config, stem, console.print, config.dry_run, saved) as (out, found):
+        return _trained(config, material, console, device, out, found)
+
+
+def material_of(config: TrainConfig, console: Console) -> Material:
+    """What the run is trained on, read. Raises UsageError."""
+    return Conversations(config, console) if isinstance(config, ChatConfig) else Text(config, console)
+
+
+def _trained(
+    config: TrainConfig, material: Material, console: Console, device: torch.device, out: Path, saved: Reader | None
+) -> tuple[Path, TrainConfig | None]:
+    """In `out`, which is this process's own, from the checkpoint `saved`, if any."""
+    run = build(config, material.tokenizer.vocab_size, -(-material.rows // (config.micro_batch * config.accumulation)))
+    task = material.task(run)
+    _introduce(run, task, material, console)
     if config.dry_run:
         return out, None
     trainer = _prepared(run, task, out, saved, device, console)
-    _own(out, saved, trainer, text.tokenizer, console)
+    _own(out, saved, trainer, material.tokenizer, console)
+    material.watch(run, task, trainer)
     until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
     if trainer.converted:
         path = trainer.save_now()
@@ -113,58 +95,24 @@ def _trained(
         found = trainer.train(metrics, until)
     if config.swap_at and until < config.steps:
         return out, continued(config, out / f"step-{until:08d}")
-    _finish(run, trainer, metrics, found, text.tokenizer, prompt, console)
+    _finish(run, trainer, metrics, found, material, console)
     return out, None
 
 
-def _read(config: TrainConfig, console: Console) -> Text:
-    """The prepared text, long enough for a sequence. Raises UsageError."""
-    bar = Bar(console)
-    with bar.progress:
-        request = Request(
-            config.data,
-            config.validation,
-            config.tokenizer,
-            config.eos,
-            config.allow_unknown,
-            config.field,
-            config.allow_malformed,
-        )
-        folder = cached(Path("runs/.data"), request, bar)
-    text = Text(Tokens(folder), Tokens(folder, "validation"), tokenizer_of(folder))
-    for tokens in (text.tokens, text.held_out):
-        tokens.windows(config.sequence)
-    return text
-
-
-def _rows(config: TrainConfig, text: Text) -> int:
-    return text.tokens.windows(config.sequence)
-
-
-def _introduce(run: Run, task: LanguageTask, text: Text, console: Console) -> None:
-    """Say who trains what on how much text. Nothing has memory yet."""
-    config, tokens, tokenizer = run.config, text.tokens, text.tokenizer
+def _introduce(run: Run, task: Task, material: Material, console: Console) -> None:
+    """Say who trains what on what. Nothing has memory yet."""
     for note in run.notes:
         if note.startswith("warning"):
             print(note, file=sys.stderr)
         else:
             console.print(note)
     console.print(receipt(run.optimizer, run.params, run.optimizer.init(run.params)))
-    documents = f"{tokens.documents:,} document" + "s" * (tokens.documents != 1)
-    size = config.micro_batch * config.accumulation
-    console.print(
-        f"{len(tokens):,} training tokens in {documents}, {len(text.held_out):,} held out "
-        f"({tokenizer.name}, vocabulary {tokenizer.vocab_size}); a step takes "
-        f"{size * config.sequence:,}, the run "
-        f"{config.steps * size / task.rows:.2f} epochs; an evaluation reads "
-        f"{min(config.eval_windows, task.held_out.windows):,} of {task.held_out.windows:,} held-out sequences, evenly "
-        "spaced",
-    )
+    for line in material.in_words(run, task):
+        console.print(line)
+    material.show(task, console)
 
 
-def _prepared(
-    run: Run, task: LanguageTask, out: Path, saved: Reader | None, device: torch.device, console: Console
-) -> Trainer:
+def _prepared(run: Run, task: Task, out: Path, saved: Reader | None, device: torch.device, console: Console) -> Trainer:
     """The trainer, with fresh weights and state or those of a checkpoint: never both. Raises CheckpointError."""
     trainer = run.trainer(task, out, device, fresh=saved is None)
     if saved is None:
@@ -203,28 +151,34 @@ def _finish(
     trainer: Trainer,
     metrics: Metrics,
     held_out: Mapping[str, float],
-    tokenizer: Tokenizer,
-    prompt: list[int],
+    material: Material,
     console: Console,
 ) -> None:
     """Numbers, picture, prediction and sample, each a line that says where it is or why it is not."""
-    config, out = run.config, trainer.out
+    out = trainer.out
     console.print(f"held-out loss {held_out['loss']:.4f} {trainer.task.loss_unit}")
     console.print(f"checkpoint   {trainer.saved}")
     for name, not_done, told in (
+        ("best", "said", lambda: _best(trainer, metrics)),
+        ("before, after", "said", lambda: material.told(metrics)),
         ("loss curve", "drawn", lambda: _curve(run, trainer, metrics, held_out)),
         ("numbers", "written", lambda: f"{out / FILE}, {write_result(trainer, metrics, held_out)}"),
         ("look at it", "said", lambda: pasted(program("tensorboard"), "--logdir", out)),
-        (
-            "more text",
-            "said",
-            lambda: pasted(program("python"), "-m", "tools.generate", out, f"--prompt={config.prompt}"),
-        ),
+        ("more text", "said", lambda: pasted(program("python"), "-m", "tools.generate", *material.more(out))),
         ("memory", "predicted", lambda: _memory(run, trainer)),
-        ("sample", "drawn", lambda: _sample(run, trainer, tokenizer, prompt, console)),
+        ("sample", "drawn", lambda: _sample(run, trainer, material, console)),
     ):
         if line := attempt(told, not_done):
             console.print(f"{name:12} {line}")
+
+
+def _best(trainer: Trainer, metrics: Metrics) -> str:
+    """The checkpoint that --keep-best keeps."""
+    found = best(metrics.history)
+    if not trainer.config.keep_best or found is None:
+        return ""
+    where = trainer.out / f"step-{found.step:08d}" if found.step else "the model as it was before the first step"
+    return f"{where}, held-out loss {found.loss:.4f}"
 
 
 def _curve(run: Run, trainer: Trainer, metrics: Metrics, held_out: Mapping[str, float]) -> str:
@@ -251,8 +205,11 @@ def _memory(run: Run, trainer: Trainer) -> str:
     )
 
 
-def _sample(run: Run, trainer: Trainer, tokenizer: Tokenizer, prompt: list[int], console: Console) -> str:
-    """Print what the model makes of the prompt, with the weights that it has without its optimizer."""
+def _sample(run: Run, trainer: Trainer, material: Material, console: Console) -> str:
+    """Print what the model makes of the prompt, if any, with the weights that it has without its optimizer."""
+    tokenizer, prompt = material.tokenizer, material.prompt
+    if not prompt:
+        return ""
     step = trainer.step
     for name, p in step.params.items():
         own = {name: step.state[name]} if name in step.state else {}

@@ -35,6 +35,7 @@ class Saver:
 
     def __init__(self, root: Path, keep_last: int, keep_every: int, background: bool) -> None:
         self.root, self.keep_last, self.keep_every, self.background = root, keep_last, keep_every, background
+        self.spared: int | None = None  # the step of a checkpoint that is kept beside these
         self._pool = ThreadPoolExecutor(1, "checkpoint")  # its thread starts with the first job; Python joins it
         self._writing: Future[None] | None = None
 
@@ -61,7 +62,7 @@ class Saver:
                 for owner, slots in state.items()
             }
         job = partial(store.save, self.root, step, params, state, trainer, model_config, header, merge)
-        self._writing = self._pool.submit(self._write, job, step)
+        self._writing = self._pool.submit(self._write, job, step, self.spared)
         if not self.background:
             self._writing.exception()  # done, well or not: `wait` returns at once
 
@@ -79,9 +80,9 @@ class Saver:
             raise
         return None
 
-    def _write(self, job: Callable[[], Path], step: int) -> None:
+    def _write(self, job: Callable[[], Path], step: int, spared: int | None) -> None:
         path = job()
         try:
-            store.prune(self.root, self.keep_last, self.keep_every, step)
+            store.prune(self.root, self.keep_last, self.keep_every, step, spared)
         except OSError as error:
             raise NotDeleted(f"{path} is saved, but older checkpoints cannot be deleted: {error}") from error

@@ -113,16 +113,19 @@ def _merged(
     return made, [name for name in params if tied[name] in changed]
 
 
-def prune(root: Path, keep_last: int, keep_every: int = 0, upto: int | None = None) -> list[Path]:
+def prune(
+    root: Path, keep_last: int, keep_every: int = 0, upto: int | None = None, spared: int | None = None
+) -> list[Path]:
     """Delete all but the `keep_last` newest checkpoints, whole or not; returns the folders that are gone.
 
-    Those of a step that is a multiple of `keep_every` stay, unless that is 0. Checkpoints of steps after `upto`, which
-    a run left behind that went on from an earlier one, are neither deleted nor counted.
+    Those of a step that is a multiple of `keep_every` stay, unless that is 0, and that of step `spared`. Checkpoints of
+    steps after `upto`, which a run left behind that went on from an earlier one, are neither deleted nor counted.
     """
     if keep_last < 1:
         raise UsageError(f"keep_last must be at least 1, got {keep_last}; to keep every checkpoint, do not prune")
     there = {path: int(match[1]) for path in steps(root) if (match := STEP.fullmatch(path.name))}
     old = [path for path, step in there.items() if upto is None or step <= upto][:-keep_last]
+    old = [path for path in old if there[path] != spared]
     gone = [path for path in old if not keep_every or there[path] % keep_every]
     for path in gone:
         hidden = path.rename(root / f".tmp-{path.name}")  # half-deleted must not look like a checkpoint

@@ -20,7 +20,7 @@ from ..inspection import measures
 from ..step.step import Result, Step
 from ..task import Task
 from ..terminal import signals
-from . import shown
+from . import best, shown
 from .counting import counted
 from .ends import Interrupted as Interrupted
 from .ends import NonFiniteError as NonFiniteError
@@ -54,6 +54,7 @@ class Trainer:
         background = config.save_async == "on" or (config.save_async == "auto" and step.device.type == "cuda")
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
         self.say: Callable[[str], None] = print
+        self.after_evaluation: Callable[[Metrics, int], None] = lambda metrics, step: None
 
     @torch.no_grad()
     def resume(self, saved: Reader, source: Optimizer | None = None) -> list[str]:
@@ -90,6 +91,10 @@ class Trainer:
         evaluated, self.say = self.done, metrics.say
         with signals.noted(self.say) as asked, self._all_written():
             began = self.done
+            if config.eval_first and self.done == 0:
+                held_out = self._evaluated(metrics)
+            self.saver.spared = best.kept(metrics.history) if config.keep_best else None
+            end = self.done if self._out_of_patience(metrics) else end
             while self.done < end:
                 counting = config.check_memory and began < self.done == end - 1  # not in the step that compiles
                 before = time.monotonic()
@@ -114,10 +119,13 @@ class Trainer:
                 scalars |= shown.memory(self.step.device) | (self._look() if looking else {})
                 self._log(metrics, scalars)
                 if not asked and (last or self._due(config.eval_every)):
-                    held_out, evaluated = self.evaluate(), self.done
-                    self._log(metrics, {f"eval/{name}": value for name, value in held_out.items()})
+                    held_out, evaluated = self._evaluated(metrics), self.done
+                    if not last and self._out_of_patience(metrics):
+                        last, end = True, self.done
+                better = config.keep_best and evaluated == self.done and best.kept(metrics.history) == self.done
                 metrics.show(self.done, shown.line(self.task, scalars, held_out, evaluated, self.done))
-                if last or self._due(config.save_every):
+                if last or better or self._due(config.save_every):
+                    self.saver.spared = best.kept(metrics.history) if config.keep_best else None
                     self._warn(self.saver.wait())
                     path = self.save()
                     if last or not self.saver.background:
@@ -135,6 +143,24 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """The task's metrics on its held-out rows."""
         return evaluate(self.task, self.step, self.config.micro_batch)
+
+    def _evaluated(self, metrics: Metrics) -> dict[str, float]:
+        """The same, recorded; and what else is to be done where a run is evaluated."""
+        found = self.evaluate()
+        self._log(metrics, {f"eval/{name}": value for name, value in found.items()})
+        self.after_evaluation(metrics, self.done)
+        return found
+
+    def _out_of_patience(self, metrics: Metrics) -> bool:
+        """Was none of the last evaluations any better? Says so."""
+        found = best.best(metrics.history)
+        if not self.config.patience or found is None or found.since < self.config.patience:
+            return False
+        metrics.say(
+            f"stopped early: held-out loss {found.loss:.4f} at step {found.step} was not bettered in {found.since} "
+            "evaluations (--patience)"
+        )
+        return True
 
     def save_now(self) -> Path:
         """Write a checkpoint and wait for it. Raises NonFiniteError, WriteError."""

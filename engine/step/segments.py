@@ -6,7 +6,7 @@ them needs nothing of the others, and its gradients can be used and freed before
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from .randomness import Draws
 SUPERVISED = "supervised"  # the field of a batch that says which tokens have targets
 
 Objective = Callable[[nn.Module, Batch], Tensor | Loss]
+Judge = Callable[[nn.Module, Tensor | None, Batch], Tensor]  # of the last segment's module and input: a sum, 0-d
 Compiler = Callable[["Forward"], "Forward"]
 
 
@@ -99,6 +100,8 @@ class Chain:
             for i, s in enumerate(segments)
         ]
         self.forwards: dict[str, Forward] = {}
+        self._judging: dict[Judge, Forward] = {}
+        self._compute_dtype = compute_dtype
         whole = any(m.training for s in segments for m in s.module.modules())
         self._modes: list[tuple[nn.Module, bool]] = []  # every module of the templates, and whether it trains
         self.training: bool | None = None
@@ -247,15 +250,32 @@ class Chain:
     @torch.no_grad()
     def loss(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         """In evaluation mode: (summed loss, valid targets), or (mean loss, 1) where the loss comes without a count."""
+        return self.judged(params, batch, {})[:2]
+
+    @torch.no_grad()
+    def judged(
+        self, params: Params, batch: Batch, judges: Mapping[str, Judge]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same, and what each of `judges` sums, uncompiled, over the slices that the last segment is given."""
         before = self.training
         self.train(False)
         try:
             with self.draws.of(Key(0)):
-                return self._evaluated(params, batch)
+                return self._evaluated(params, batch, judges)
         finally:
             self.train(bool(before))
 
-    def _evaluated(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _judge(self, judge: Judge, params: Params, x: Tensor | None, batch: Batch) -> Tensor:
+        if judge not in self._judging:
+            self._judging[judge] = _make_forward(_Caller(self.segments[-1].module, judge).eval(), self._compute_dtype)
+        own = {own: params[full] for own, full in self.segments[-1].names.items()}
+        out, _ = self._judging[judge](own, x, batch, self.constant[-1], self.copied(self.last))
+        assert isinstance(out, Tensor)
+        return out
+
+    def _evaluated(
+        self, params: Params, batch: Batch, judges: Mapping[str, Judge]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x: Tensor | None = None
         for i in range(self.last):
             self.draws.seed(i)
@@ -263,14 +283,21 @@ class Chain:
         self.draws.seed(self.last)
         if x is None or not self._slicing(x):
             loss, count = self._loss(params, x, batch)
-            return loss, torch.ones_like(loss) if count is None else count
+            said = {name: self._judge(judge, params, x, batch) for name, judge in judges.items()}
+            return loss, torch.ones_like(loss) if count is None else count, said
         flat, rows, places = _selected(x, batch)
-        found = [
-            self._loss(params, flat[part], {**batch, **{name: t[part] for name, t in rows.items()}})
+        parts = [
+            (flat[part], {**batch, **{name: t[part] for name, t in rows.items()}})
             for part in self._parts(len(flat), x, places)
         ]
+        found = [self._loss(params, *part) for part in parts]
         counts = [count for _, count in found if count is not None]
-        return torch.stack([loss for loss, _ in found]).sum(), torch.stack(counts).sum() if counts else valid([batch])
+        count = torch.stack(counts).sum() if counts else valid([batch])
+        said = {
+            name: torch.stack([self._judge(judge, params, *part) for part in parts]).sum()
+            for name, judge in judges.items()
+        }
+        return torch.stack([loss for loss, _ in found]).sum(), count, said
 
     def _parts(self, tokens: int, x: Tensor, places: Tensor | None) -> list[slice]:
         """range(tokens) cut for the head. Where they are selected from those of x, slices have one size whatever their

@@ -10,7 +10,7 @@ from helpers.runs import TINY, corpus, here, tool
 
 from engine.terminal.command import pasted
 
-RECIPES = ["baseline", "snsm", "sumo", "rso", "omgd", "demo", "compare"]
+RECIPES = ["baseline", "snsm", "sumo", "rso", "omgd", "finetune", "demo", "compare"]
 TOOLS = ["plan", "plot", "bench", "inspect", "swap", "prepare", "generate"]
 
 

@@ -12,7 +12,7 @@ from recipes import train
 PRIVATE = ("torch._inductor", "torch._functorch.aot_autograd", "torch._dynamo", "torch._subclasses.fake_tensor")
 SLOW = ("tensorboard", "matplotlib", "transformers", "typeguard")
 
-RECIPES = ("baseline", "snsm", "sumo", "omgd", "rso", "demo", "compare")
+RECIPES = ("baseline", "snsm", "sumo", "omgd", "rso", "finetune", "demo", "compare")
 LOOK = """
 import importlib, sys, torch
 before = set(sys.modules)

@@ -101,12 +101,12 @@ def test_in_a_thread_signals_are_left_alone():
 
 @pytest.mark.run
 def test_before_the_training_a_signal_ends_the_process_with_one_line(tmp_path, monkeypatch):
-    import recipes.train
+    import recipes.material
 
     def shards(*arguments):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(recipes.train, "cached", shards)
+    monkeypatch.setattr(recipes.material, "cached", shards)
     done = here(corpus(tmp_path), f"baseline {TINY} --out run")
     assert done.code == 143 and done.err.startswith("SIGTERM: ended"), done
 

@@ -28,7 +28,7 @@ def marked(tokenizer: Tokenizer, ids: list[int], trained: list[bool], colour: bo
     text, start = Text(), 0
     while start < len(ids):
         stop = next((i for i in range(start, len(ids)) if trained[i] != trained[start]), len(ids))
-        said = _written(tokenizer, ids[start:stop])
+        said = written(tokenizer, ids[start:stop])
         if not colour and trained[start]:
             said = f"{OPEN}{said}{CLOSE}"
         text.append(said, style=(TRAINED if trained[start] else READ) if colour else "")
@@ -36,7 +36,7 @@ def marked(tokenizer: Tokenizer, ids: list[int], trained: list[bool], colour: bo
     return text
 
 
-def _written(tokenizer: Tokenizer, ids: list[int]) -> str:
+def written(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Ids as text: between marks they are decoded together, since a character may be several tokens."""
     parts, between = [], list[int]()
     for i in ids:

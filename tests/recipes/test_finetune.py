@@ -1,0 +1,218 @@
+"""Fine-tuning: a published model on conversations, from its folder to a checkpoint, whatever the rule."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.chats import turns
+from helpers.finetuning import FLAGS, folder, rows, write
+from helpers.runs import assert_identical, column, finish, here, refused, start
+from rich.console import Console
+
+from engine.data.chat.packing import IGNORED
+from engine.loop.best import best, kept
+from engine.step.segments import Chain, cut
+from models import weights
+from optimizers.contract import idle
+from recipes.build import build
+from recipes.finetune import RATE, Finetune
+from recipes.registry import parsed
+from recipes.train import material_of
+
+LINE = FLAGS + "--steps 6 --eval-every 2 --save-every 3 "
+
+
+def config(line: str, at: Path) -> Finetune:
+    recipe, _, *flags = line.split()
+    found = parsed([recipe, str(at / "model"), *flags], "test")
+    assert isinstance(found, Finetune)
+    return found
+
+
+@pytest.mark.run
+def test_a_run_shows_an_example_evaluates_samples_and_keeps_the_best(tmp_path: Path) -> None:
+    done = here(folder(tmp_path), LINE + "--general general.txt --lr 1e-3 --optimizer sumo --rank 4 --out run")
+    assert done.code == 0, done
+    example = done.out.index("<|im_start|>assistant\n⟦is 0<|im_end|>⟧")
+    assert (
+        done.out.index("format: messages") < example < done.out.index("sample 1 at step 0") < done.out.index("step 6/6")
+    )
+    run = tmp_path / "run"
+    for name in ("eval/loss", "eval/accuracy", "eval/general"):
+        assert [step for step, _ in column(run, name)] == [0, 2, 4, 6], name
+    losses = dict(column(run, "eval/loss"))
+    assert losses[6] < losses[0]
+    lowest = min((loss, step) for step, loss in losses.items())[1]
+    assert f"best         run/step-{int(lowest):08d}" in done.out
+    assert "general text, nats per token: " in done.out and "tools.generate run --chat" in done.out
+    assert (run / "tokenizer/chat_template.jinja").is_file()
+
+
+@pytest.mark.run
+def test_a_killed_run_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
+    folder(tmp_path)
+    line = FLAGS + "--eval-every 50 --save-every 2 --schedule constant --warmup 0 --general general.txt "
+    line += "--optimizer omgd --active 1 --period 3step "
+    process = start(tmp_path, f"{line} --out parts --steps 4000")
+    until = time.monotonic() + 200
+    while not (tmp_path / "parts/step-00000004").exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert finish(process).code == -signal.SIGKILL
+    last = max(int(path.name[5:]) for path in (tmp_path / "parts").glob("step-*")) + 5
+    for flags in ("--out parts --resume auto", "--out whole"):
+        done = here(tmp_path, f"{line} {flags} --steps {last}")
+        assert done.code == 0, done
+    assert_identical(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.run
+def test_a_run_ends_early_and_its_best_checkpoint_stays(tmp_path: Path) -> None:
+    """At a rate that destroys the model, and then from there: nothing is left to do."""
+    folder(tmp_path)
+    line = LINE.replace("--eval-every 2", "--eval-every 1") + "--patience 2 --keep-last 1 --lr 0.5 --warmup 0 --out run"
+    done = here(tmp_path, line)
+    assert done.code == 0, done
+    losses = dict(column(tmp_path / "run", "eval/loss"))
+    least = min(losses, key=losses.__getitem__)
+    assert f"held-out loss {losses[least]:.4f} at step {int(least)} was not bettered in 2 evaluations" in done.out
+    assert max(losses) == least + 2 < 6
+    steps = {int(path.name[5:]) for path in (tmp_path / "run").glob("step-*")}
+    trained = {step: loss for step, loss in losses.items() if step}
+    assert steps == {int(min(trained, key=trained.__getitem__)), int(max(losses))}
+    again = here(tmp_path, f"{line} --resume auto")
+    assert again.code == 0 and "stopped early" in again.out, again
+    assert dict(column(tmp_path / "run", "eval/loss")) == losses
+
+
+def test_the_best_of_a_history() -> None:
+    history = [{"step": s, "eval/loss": v} for s, v in ((0, 1.0), (2, 3.0), (4, 2.0), (6, 2.0), (8, float("nan")))]
+    assert best(history) == (0, 1.0, 4) and kept(history) == 4
+    assert best([{"step": 1, "train/loss": 1.0}]) is None and kept(history[:1]) is None
+
+
+@pytest.mark.parametrize("name", Finetune.rules())
+def test_every_rule_can_fine_tune_and_be_planned(tmp_path: Path, name: str) -> None:
+    options = Finetune.defaults(name)
+    rank = "--rank 4" if hasattr(options, "rank") and "rank" not in idle(options) else ""
+    found = config(f"finetune model --data x --sequence 48 --optimizer {name} {rank}", folder(tmp_path))
+    run = build(found, 320)
+    assert set(run.optimizer.owner) == set(run.params)
+    state = run.optimizer.init(run.params)
+    assert all(t.is_meta for slots in state.values() for t in slots.values())
+
+
+def test_rates_are_carried_over_unless_one_is_given(tmp_path: Path) -> None:
+    folder(tmp_path)
+
+    def rates(flags: str) -> tuple[float, float | None]:
+        found = config(f"finetune model --data x --sequence 48 {flags}", tmp_path)
+        return found.lr, found.rest_lr
+
+    assert rates("") == rates("--optimizer muon") == rates("--optimizer rso") == (RATE, None)
+    assert rates("--optimizer adam_snsm") == (10 * RATE, RATE)
+    assert rates("--optimizer galore --lr 1e-3") == (1e-3, RATE)
+    notes = build(config("finetune model --data x --sequence 48 --optimizer galore --rank 4", tmp_path), 320).notes
+    assert "a guess from AdamW's" in notes[0]
+    assert not build(config("finetune model --data x --sequence 48 --lr 1e-3", tmp_path), 320).notes
+
+
+def test_a_preset_and_how_long_it_trains(tmp_path: Path) -> None:
+    found = config("finetune model --data x --preset sumo-gsm8k --sequence 48", folder(tmp_path))
+    assert (found.optimizer, found.options.rank, found.epochs, found.pack) == ("sumo", 64, 10.0, False)
+    assert found.micro_batch * found.accumulation == 32
+    assert found.settled(7).steps == 70
+    steps = config("finetune model --data x --preset sumo-gsm8k --sequence 48 --steps 5", tmp_path)
+    assert steps.settled(7).steps == 5
+
+
+def test_evaluation_is_what_the_model_says_itself(tmp_path: Path) -> None:
+    """Loss and accuracy of answers, and the loss of general text, from plain logits, a row at a time."""
+    folder(tmp_path)
+    model = weights.load(tmp_path / "model")
+    console = Console(quiet=True)
+    flags = "--sequence 48 --general general.txt --no-pack --micro-batch 3 --data chats.jsonl"
+    at = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        found = config(f"finetune model {flags}", tmp_path)
+        material = material_of(found, console)
+        task = material.task(build(found, 320))
+    finally:
+        os.chdir(at)
+    sums = {"loss": 0.0, "accuracy": 0.0, "general": 0.0}
+    counts = dict.fromkeys(sums, 0)
+    chain, params = Chain(cut(model), logits=320 * 5), dict(model.named_parameters())
+    total: dict[str, torch.Tensor] = {}
+    for batch in task.evaluation(3):
+        for name, value in task.evaluate(chain, params, batch).items():
+            total[name] = total.get(name, torch.zeros(2)) + value
+        for ids, targets in zip(batch["input_ids"], batch["targets"], strict=True):
+            length = int((targets != IGNORED).nonzero().max()) + 1 if (targets != IGNORED).any() else 0
+            if not length:
+                continue
+            logits = model(ids[None, :length])[0]
+            losses = F.cross_entropy(logits, targets[:length], ignore_index=IGNORED, reduction="sum").item()
+            name, known = ("general" if "general" in batch else "loss"), int((targets != IGNORED).sum())
+            sums[name] += losses
+            counts[name] += known
+            if name == "loss":
+                sums["accuracy"] += int((logits.argmax(-1) == targets[:length]).sum())
+                counts["accuracy"] += known
+    got = task.report(total)
+    for name, value in sums.items():
+        assert got[name] == pytest.approx(value / counts[name], rel=1e-4), name
+
+
+def test_a_plan_knows_the_fields_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder(tmp_path))
+    found = config("finetune model --data chats.jsonl --sequence 48", tmp_path)
+    batch = material_of(found, Console(quiet=True)).task(build(found, 320)).batch(0, 2)
+    blank = found.blank(2)
+    assert blank.keys() == batch.keys() and all(blank[n].dtype == t.dtype for n, t in batch.items())
+
+
+BAD = {
+    "finetune --data chats.jsonl": "MODEL: got none; give the folder of a model",
+    "finetune nowhere --data chats.jsonl": "MODEL nowhere: is no folder",
+    "finetune model --data chats.jsonl --steps 3 --epochs 2": "--epochs and --steps say the same; give one of them",
+    "finetune model --data chats.jsonl --preset x": "--preset: got 'x', expected one of none, sumo-gsm8k",
+    "finetune model --data chats.jsonl --sequence 8": "chats.jsonl, line ",
+    "finetune model --data empty.jsonl": "empty.jsonl, line 1: message 2 (assistant) is empty",
+    "finetune model --data role.jsonl --train-on last": "role",
+    "finetune model --data chats.jsonl --tokenizer large": "expected at most 320, that of the model in model",
+    "finetune bare --data chats.jsonl": "needs a chat template, and bare has none",
+    "finetune model --data chats.jsonl --optimizer omgd --rank 4": "--rank: omgd has no such option",
+    "finetune model --data chats.jsonl --general short.txt": "--general: ",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_what_is_refused(tmp_path: Path, line: str) -> None:
+    folder(tmp_path)
+    shutil.copytree(tmp_path / "model", tmp_path / "bare")
+    write(tmp_path / "empty.jsonl", [{"messages": turns("a", "")}])
+    write(tmp_path / "role.jsonl", [{"messages": [*turns("a"), {"role": "narrator", "content": "b"}]}, *rows(2)])
+    (tmp_path / "short.txt").write_text("a b")
+    tokens = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    shutil.copytree(tmp_path / "bare", tmp_path / "large")
+    (tmp_path / "bare/chat_template.jinja").unlink()
+    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    first = len(tokens["model"]["vocab"])
+    tokens["added_tokens"] += [{"id": i, "content": f"<|{i}|>", **plain} for i in range(first, 400)]
+    (tmp_path / "large/tokenizer.json").write_text(json.dumps(tokens))
+    sequence = "" if "--sequence" in line else "--sequence 48"
+    assert BAD[line] in refused(here(tmp_path, f"{line} {sequence} --compile off --out run"), 2)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder(tmp_path)
+    gone = max((tmp_path / "model").glob("*.safetensors"))
+    gone.unlink()
+    assert f"{gone.name}: is not there" in refused(here(tmp_path, f"{LINE} --out run"), 2)
