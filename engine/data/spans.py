@@ -37,15 +37,12 @@ def byte_spans(texts: list[str]) -> list[Spanned]:
 
 
 def spanning(core: Any) -> Spans:
-    """How a tokenizer of the `tokenizers` library does it. It has to be set up before; a copy of it is made when first
-    used."""
+    """How a tokenizer of the `tokenizers` library does it. It has to be set up before; a copy of it, which reads marks
+    as every new tokenizer does, is made when first used."""
 
     @cache
     def made() -> tuple[Any, int | None, bool]:
         copied = tokenizers.Tokenizer.from_str(core.to_str())
-        copied.encode_special_tokens = False
-        copied.no_truncation()
-        copied.no_padding()
         everything = says_everything(core)
         return copied, None if everything else unknown_id(json.loads(core.to_str())["model"]), everything
 

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from models.decoder import Decoder
 from models.packed import Documents, attend, flexible, seen
+from models.rope import Rotary
 
 LENGTHS = ((9, 17, 6, 8), (21, 1, 18), (40,))
 
@@ -38,6 +39,24 @@ def test_a_packed_document_has_the_logits_that_it_has_alone(name: str) -> None:
     joined = model(ids)
     torch.testing.assert_close(packed[2], joined[2], atol=1e-5, rtol=1e-5)
     assert (packed[0, 9:] - joined[0, 9:]).abs().max() > 0.1, "joined, a document sees those before it"
+
+
+def test_a_token_is_rotated_by_its_position_in_its_document() -> None:
+    """Logits cannot tell: attention sees differences of positions only. What is stored in a cache could."""
+    rotary, x = Rotary(8, 64, 1e4), torch.randn(3, 2, 40, 8, generator=torch.Generator().manual_seed(0))
+    turned = rotary(x, documents().position)
+    assert torch.equal(turned[0, :, 9:26], rotary(x[:1, :, 9:26])[0])
+    assert torch.equal(turned[1, :, 22:], rotary(x[1:2, :, 22:])[0]) and torch.equal(turned[2], rotary(x[2:])[0])
+
+
+@torch.no_grad()
+def test_the_queries_of_every_family_take_that_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    rotate = Rotary.forward
+    monkeypatch.setattr(Rotary, "forward", lambda self, x, start=0: taken.append(start) or rotate(self, x, start))
+    model = wide(config_of("llama"))
+    model(ids_for(model), documents=documents())
+    assert len(taken) == 2 * len(model.model.layers) and all(torch.equal(t, documents().position) for t in taken)
 
 
 def tensors() -> tuple[Tensor, ...]:

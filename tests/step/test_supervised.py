@@ -98,6 +98,14 @@ def test_evaluation_sees_them_only_and_finds_the_same() -> None:
     assert told_count == count == (masked(1)["targets"] != IGNORED).sum()
 
 
+def test_no_segment_sees_the_field_whose_shape_changes() -> None:
+    step, seen = make(llama()), set()
+    for kind, forward in step.chain.forwards.items():
+        step.chain.forwards[kind] = lambda p, x, batch, *more, f=forward: seen.update(batch) or f(p, x, batch, *more)
+    step([told(masked(0))], hypers(0), 0)
+    assert seen == {"input_ids", "targets"}
+
+
 def packed(step: int) -> Batch:
     """Rows of two documents, whose border moves from step to step, told which tokens are supervised."""
     batch, places = told({name: t[step % 4].repeat(2, 1) for name, t in masked(step).items()}), torch.arange(16)

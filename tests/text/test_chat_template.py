@@ -134,6 +134,16 @@ def test_a_template_that_writes_the_past_anew_is_refused_but_for_the_last_answer
     )
 
 
+def test_a_question_that_is_written_anew_once_it_is_answered_is_refused() -> None:
+    """Mistral's puts the system's message into the last question."""
+    moving = "{% for m in messages %}{{ '{' + m.role + ('!' if loop.last else '') + m.content + '}' }}{% endfor %}"
+    with pytest.raises(Fault, match=r"changes what it wrote of the first 1 messages .*'!a\}' becomes 'a\}"):
+        marked(moving, turns("a", "b"))
+    with pytest.raises(Fault, match="changes what it wrote"):
+        marked(moving, turns("a", "b"), "last")
+    assert marked(moving, turns("a", "b"), "all") == "⟦{usera}{assistant!b}⟧"
+
+
 @pytest.mark.parametrize(
     ("template", "chat", "expected"),
     [

@@ -45,6 +45,7 @@ def test_best_fit_loses_nothing_and_leaves_no_room_for_what_was_put_elsewhere(si
 def test_the_fullest_row_that_has_room() -> None:
     assert [sorted(row) for row in best_fit([6, 7, 3, 4, 2], 10)] == [[1, 2], [0, 3], [4]]
     assert [sorted(row) for row in best_fit([6, 7, 2, 4], 10)] == [[1, 2], [0, 3]]
+    assert [sorted(row) for row in best_fit([7, 5, 3], 10)] == [[0, 2], [1]], "not where it leaves room"
 
 
 def test_rows_hold_every_example_once_and_start_anew_with_each(examples: Examples) -> None:
