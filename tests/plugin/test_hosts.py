@@ -101,6 +101,45 @@ def test_transformers_trainer_goes_on_from_its_checkpoint(tmp_path):
 
 
 @needs("transformers", "accelerate")
+def test_the_callback_writes_the_state_beside_the_trainers_and_logs_every_rate(tmp_path):
+    from transformers import TrainerCallback
+
+    from engine.checkpoint.beside import Beside
+    from engine.checkpoint.plugged import load_state
+
+    class Seen(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **others):
+            logged.append(dict(logs))
+
+    logged: list[dict[str, float]] = []
+    net = model()
+    made = trainer(
+        net,
+        tmp_path,
+        "a class",
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        logging_strategy="steps",
+        logging_steps=1,
+    )
+    made.add_callback(Beside())
+    made.add_callback(Seen())
+    made.train()
+    again = torch_optim.SUMO(model(), lr=LR, **OPTIONS)
+    assert load_state(again, tmp_path / "checkpoint-4" / "optimizer.safetensors") == 4
+    for name, slots in made.optimizer.optimizer.named_state().items():
+        assert all(torch.equal(t, again.named_state()[name][slot]) for slot, t in slots.items()), name
+    assert (tmp_path / "checkpoint-2" / "optimizer.safetensors").is_file()
+    assert any({f"optim/{g['name']}/lr" for g in again.param_groups} <= seen.keys() for seen in logged)
+    plain = trainer(model(), tmp_path, "an optimizer", max_steps=1, save_strategy="steps", save_steps=1)
+    plain.optimizer = torch.optim.AdamW(plain.model.parameters())
+    plain.add_callback(Beside())
+    with pytest.raises(ValueError, match="got AdamW, expected"):
+        plain.train()
+
+
+@needs("transformers", "accelerate")
 def test_transformers_own_groups_have_no_names_and_the_message_says_what_to_give(tmp_path):
     from transformers import Trainer, TrainingArguments
 
