@@ -194,7 +194,7 @@ FAMILIES: dict[str, Family] = {
 def read(config: Keys) -> dict[str, Any]:
     """The fields of `DecoderConfig` that a config.json gives. Raises ValueError, naming the key."""
     kind = config.get("model_type") or "llama"
-    family = FAMILIES.get(kind)
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise ValueError(
             f"config.json: model_type: got {kind!r}, expected one of {', '.join(FAMILIES)}; there is no other"
@@ -217,7 +217,12 @@ def read(config: Keys) -> dict[str, Any]:
     if keys["num_key_value_heads"] is None or keys["num_key_value_heads"] == 0:
         keys["num_key_value_heads"] = keys["num_attention_heads"]
     usual = {name: keys[name] for name in (*SIZES, *USUAL)}
-    return {**usual, "family": kind, **family.fields(keys), "rope_theta": theta, "rope_scaling": scaling}
+    try:
+        own = family.fields(keys)
+    except (TypeError, LookupError, ArithmeticError) as error:  # such as a text where a list is expected
+        said = {name: keys[name] for name in ("num_hidden_layers", *family.defaults) if keys[name] is not None}
+        raise ValueError(f"config.json: got {said}, of which one is of the wrong kind ({error}); correct it") from None
+    return {**usual, "family": kind, **own, "rope_theta": theta, "rope_scaling": scaling}
 
 
 def write(fields: Keys) -> dict[str, Any]:
@@ -255,7 +260,7 @@ def _rope(config: Keys, usual: float) -> tuple[float, Scaling | None]:
     theta = rope.pop("rope_theta", config.get("rope_theta") or usual)
     kind = rope.pop("rope_type", rope.get("type", "default"))
     rope.pop("type", None)
-    if kind not in ("default", *SCALED):
+    if not isinstance(kind, str) or kind not in ("default", *SCALED):
         raise ValueError(
             f"config.json: rope_type: got {kind!r}, expected one of default, {', '.join(SCALED)}; there is no other"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.families import FAMILIES, config_of, wide
+from helpers.families import FAMILIES, LLAMA3, config_of, wide
 from torch import Tensor
 
 from engine.step import templates
@@ -162,3 +162,137 @@ def test_biases_begin_at_zero() -> None:
     model = Decoder(config_of("qwen2"))
     biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias")}
     assert len(biases) == 3 * model.config.num_hidden_layers and not any(p.any() for p in biases.values())
+
+
+PUBLISHED = {  # the keys of config.json that published models have, and what they make of a layer
+    "Llama 3.1 8B": (
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-05,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "rope_scaling": {**LLAMA3, "rope_type": "llama3"},
+            "attention_bias": False,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+            "eos_token_id": [128001, 128008, 128009],
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.42.3",
+            "use_cache": True,
+        },
+        8_030_261_248,
+    ),
+    "Mistral 7B 0.3": (
+        {
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32768,
+            "rms_norm_eps": 1e-05,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "hidden_act": "silu",
+        },
+        7_248_023_552,
+    ),
+    "Qwen2.5 0.5B": (
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "use_mrope": False,
+            "use_sliding_window": False,
+            "sliding_window": 32768,
+            "max_window_layers": 24,
+            "attention_dropout": 0.0,
+        },
+        494_032_768,
+    ),
+    "Qwen3 0.6B": (
+        {
+            "model_type": "qwen3",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 40960,
+            "rope_theta": 1000000,
+            "rope_scaling": None,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+            "attention_bias": False,
+        },
+        596_049_920,
+    ),
+    "SmolLM3 3B": (
+        {
+            "model_type": "smollm3",
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "vocab_size": 128256,
+            "rope_theta": 5000000.0,
+            "max_position_embeddings": 65536,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "no_rope_layer_interval": 4,
+            "layer_types": ["full_attention"] * 36,
+            "pretraining_tp": 2,
+            "use_sliding_window": False,
+        },
+        3_075_098_624,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_are_read(name: str) -> None:
+    """Their numbers of parameters are those that their authors state."""
+    written, parameters = PUBLISHED[name]
+    config = DecoderConfig.from_hf(written)
+    with torch.device("meta"):
+        assert Decoder(replace(config, max_position_embeddings=8)).num_parameters() == parameters
+    assert DecoderConfig.from_hf(config.to_hf()) == config
+
+
+def refusal(config: dict[str, Any]) -> str:
+    try:
+        DecoderConfig.from_hf(config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@families
+def test_a_value_of_the_wrong_kind_is_a_line(name: str) -> None:
+    """Nothing but ValueError is raised, whatever a key holds."""
+    refused = 0
+    for key in FAMILIES[name].keys() | config_of(name).to_hf().keys():
+        for value in ("x", -1, 0, [1], {"a": 1}, {"rope_type": [1]}, 1e400):
+            said = refusal(FAMILIES[name] | {key: value})
+            assert "\n" not in said, (key, value)
+            refused += said != ""
+    assert refused > 70
