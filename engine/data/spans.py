@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from .unknown import Ids, says_everything, unknown_id
+from .unknown import Ids, says_everything, unknown_id, with_unknown
 
 Offsets = npt.NDArray[np.int64]
 
@@ -41,19 +41,27 @@ def spanning(core: Any) -> Spans:
     as every new tokenizer does, is made when first used."""
 
     @cache
-    def made() -> tuple[Any, int | None, bool]:
-        copied = tokenizers.Tokenizer.from_str(core.to_str())
-        everything = says_everything(core)
-        return copied, None if everything else unknown_id(json.loads(core.to_str())["model"]), everything
+    def made() -> tuple[Any, int, Offsets | None, bool]:
+        """What encodes, its unknown token, what its ids are in `core` if others, and whether it can say everything."""
+        if says_everything(core):
+            return tokenizers.Tokenizer.from_str(core.to_str()), -1, None, True
+        spec = json.loads(core.to_str())
+        own = unknown_id(spec["model"])
+        if own is not None:
+            return tokenizers.Tokenizer.from_str(core.to_str()), own, None, False
+        return *with_unknown(core, spec), False  # it leaves out what it does not know, and miscounts what follows
 
     def spans(texts: list[str]) -> list[Spanned]:
-        marked, unknown, everything = made()
+        marked, unknown, numbers, everything = made()
         found = []
         for text, row in zip(texts, marked.encode_batch(texts, add_special_tokens=False), strict=True):
-            ids = np.array(row.ids, np.uint32)
+            ids = np.array(row.ids, np.int64)
             starts, stops = np.array(row.offsets, np.int64).reshape(-1, 2).T
             lost = "" if everything else _lost(text, starts, stops, ids == unknown)
-            found.append(Spanned(ids, starts, stops, lost))
+            if numbers is not None:
+                known = ids != unknown
+                ids, starts, stops = numbers[ids[known]], starts[known], stops[known]
+            found.append(Spanned(ids.astype(np.uint32), starts, stops, lost))
         return found
 
     return spans

@@ -36,15 +36,8 @@ def packing(core: Any) -> Pack:
     own = unknown_id(spec["model"])
     if own is not None:
         return _packing_with(core, own)
-    # Tokens that were added to the model are numbered anew when it is read: the stranger stands beyond all of them.
-    _add_unknown(spec["model"], max(core.get_vocab().values()) + len(spec["added_tokens"]) + 2)
-    counting = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    counting, unknown, ids = with_unknown(core, spec)
     counting.encode_special_tokens = True
-    unknown = counting.get_vocab()[_STRANGER]
-    ids = np.full(max(counting.get_vocab().values()) + 1, -1, np.int64)  # as the tokenizer itself numbers them
-    for token, there in counting.get_vocab().items():
-        here = core.token_to_id(token)
-        ids[there] = -1 if here is None else here
 
     def pack(texts: list[str]) -> Packed:
         rows = _rows(counting, texts)
@@ -56,6 +49,19 @@ def packing(core: Any) -> Pack:
         return Packed(known, lost)
 
     return pack
+
+
+def with_unknown(core: Any, spec: dict[str, Any]) -> tuple[Any, int, npt.NDArray[np.int64]]:
+    """A copy of a tokenizer that has no unknown token, whose content is `spec`, with one; its id there; and the id of
+    every token of the copy in the tokenizer itself, -1 for none."""
+    # Tokens that were added to the model are numbered anew when it is read: the stranger stands beyond all of them.
+    _add_unknown(spec["model"], max(core.get_vocab().values()) + len(spec["added_tokens"]) + 2)
+    counting = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    ids = np.full(max(counting.get_vocab().values()) + 1, -1, np.int64)
+    for token, there in counting.get_vocab().items():
+        here = core.token_to_id(token)
+        ids[there] = -1 if here is None else here
+    return counting, counting.get_vocab()[_STRANGER], ids
 
 
 def _packing_with(core: Any, unknown: int) -> Pack:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from helpers.chats import CHATML, INST, THINKING, checkpoint, turns
 
 from engine.data import Tokens, read_index, tokenizer_of
@@ -163,6 +164,32 @@ def test_marks_in_the_data_itself_are_counted_and_said(tmp_path: Path, model: Pa
     line = "2 examples with a mark in the text itself, read as one; the first: '<|im_end|>' in t.jsonl, line 2"
     assert said.count(line) == 1
     assert not [line for line in said if "with a mark" in line and "2 examples" not in line]
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_what_the_tokenizer_cannot_say_is_counted_and_refused(unknown: str | None, tmp_path: Path) -> None:
+    words = {"</s>": 0, **{letter: k for k, letter in enumerate("hio ", start=1)}, **({unknown: 5} if unknown else {})}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token=unknown))
+    core.add_special_tokens(["</s>"])
+    core.save(str(tmp_path / "tokenizer.json"))
+    rows = [{"prompt": "hi ", "completion": "ho"}, {"prompt": "hé! ", "completion": "ho"}]
+    with pytest.raises(UsageError, match=r"4 of 17 characters .*in 2 documents, .* such as 'é!um'; .*t.jsonl, line 2"):
+        made(tmp_path, rows, tmp_path)  # um: of the validation example
+    folder = made(tmp_path, rows, tmp_path, "lenient", allow_unknown=0.5)
+    assert read_index(folder)["unknown"]["characters"] == 4
+    ids, trained = Examples(folder).read(1)
+    assert [core.id_to_token(i) for i in ids[trained].tolist()] == ["h", "o", "</s>"], "whatever was lost before it"
+
+
+def test_about_the_fraction_is_held_out_whole(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{k:03}" * (1 + k % 3), "completion": "yes" * (k % 4 + 1)} for k in range(200)]
+    request = ChatRequest(data=(write(tmp_path / "t.jsonl", [*rows, *rows[:9]]),), validation_fraction=0.2)
+    folder = prepare(tmp_path / "out", request)
+    sides = Examples(folder), Examples(folder, "validation")
+    said = [{bytes(side.read(k)[0][:-1].tolist()) for k in range(len(side))} for side in sides]
+    assert not said[0] & said[1] and len(said[0] | said[1]) == 200 and sum(map(len, sides)) == 209
+    characters = [(side.sizes - 1).sum() for side in sides]  # bytes, and an end
+    assert 0.18 < characters[1] / sum(characters) <= 0.2
 
 
 def test_the_folder_keeps_the_template(tmp_path: Path, model: Path) -> None:
