@@ -57,37 +57,41 @@ def settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
     """The rule of a group; groups with equal options share one, and with it compiled code."""
-    return _made(group["rule"], json.dumps(group["options"], sort_keys=True))
+    return _made(RULES[group["rule"]], json.dumps(group["options"], sort_keys=True))
 
 
 @lru_cache(maxsize=256)
-def _made(name: str, options: str) -> Rule:
+def _made(family: Family[Any], options: str) -> Rule:
     plain = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(options).items()}
-    family = RULES[name]
     return family.of(family.options(**plain))
 
 
 def groups_from(given: Given, wanted: Wanted, frozen: dict[str, Tensor], taken: int = 0) -> Groups:
     """Groups of one rule each, in the order of those given; what requires no gradient goes to `frozen`.
 
-    A group that names a rule, or options of one, is that rule's as a whole; where one of several does, those that do
-    not are the rest's, as GaLore's users write it. Any other is routed by `place`, and may become several. `taken` is
-    the number of parameters that have a place already. Raises UsageError.
+    A group that names a rule, or options of one, is that rule's as a whole; where one is the optimizer's own in that
+    way, those that say nothing are the rest's, as GaLore's users write it. Any other is routed by `place`, and may
+    become several. `taken` is the number of the first parameter without a name. Raises UsageError.
     """
     known = kinds(given) if isinstance(given, nn.Module) else {}
     items: list[Any] = list(given.named_parameters()) if isinstance(given, nn.Module) else list(given)
     if not items:
         raise UsageError("params: got nothing to train; give a model, its named_parameters(), or groups of them")
     plain: Groups = [dict(item) for item in items] if isinstance(items[0], dict) else [{"params": items}]
+    for group in plain:
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     said = [_explicit(group, wanted.family.name) for group in plain]
+    mine = wanted.family.name
+    own = any(yes and group.get("rule", mine) == mine for group, yes in zip(plain, said, strict=True))
     if wanted.match:
         names = [name for group in plain for name, _ in _pairs(group) or []]
         check_patterns(wanted.match, names)
     made: Groups = []
     for group, explicit in zip(plain, said, strict=True):
-        if any(said) and not explicit:
+        if own and not explicit:
             group = {**group, "rule": wanted.rest, "options": dict(wanted.rest_options)}
-        made += _split(group, wanted, known, frozen, taken + sum(len(one["params"]) for one in made))
+        made += _split(group, wanted, known, frozen, taken)
+        taken += len(group["params"])
     return made
 
 
@@ -98,7 +102,7 @@ def _explicit(group: Mapping[str, Any], name: str) -> bool:
 
 def _pairs(group: Mapping[str, Any]) -> list[tuple[str, Tensor]] | None:
     """Names and tensors of a group; None where it has no names."""
-    params: list[Any] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    params: list[Any] = group["params"]
     if "param_names" in group:
         return list(zip(group["param_names"], params, strict=True))
     if all(isinstance(item, tuple) for item in params):
@@ -154,12 +158,11 @@ def _part(
 
 def _unnamed(group: Mapping[str, Any], wanted: Wanted, whole: bool, taken: int) -> list[tuple[str, Tensor]]:
     """Parameters without names, named by their place. Raises UsageError where routing needs names."""
-    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-    if params and not whole:
+    if group["params"] and not whole:
         raise UsageError(
             f"{wanted.family.name}: got parameters without names, expected names, which say what is an embedding, a "
             "norm or the head: give the model, model.named_parameters(), or groups of (name, parameter); a group with "
             f'"rule": "{wanted.family.name}", or options such as "rank", needs no names. In Hugging Face\'s Trainer '
             'give {"model": model, ...} as the optimizer\'s arguments'
         )
-    return [(f"param.{taken + i}", p) for i, p in enumerate(params)]
+    return [(f"param.{taken + i}", p) for i, p in enumerate(group["params"])]

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from optimizers.contract import UsageError
-from optimizers.torch_optim import RuleOptimizer
+from optimizers.rule_optimizer import RuleOptimizer
 
 from .form import OPTIMIZER
 from .plugged import save_state

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from optimizers.contract import State, UsageError
-from optimizers.torch_optim import RuleOptimizer
+from optimizers.rule_optimizer import RuleOptimizer
 
 from .reader import read
 from .rules import RuleRecord, read_rules, rules_head

@@ -12,7 +12,8 @@ from optimizers.contract import Group, idle
 from optimizers.partition import partition
 from optimizers.random import fold
 from optimizers.registry import RULES, rule
-from optimizers.torch_optim import RuleOptimizer, optimizer
+from optimizers.rule_optimizer import RuleOptimizer
+from optimizers.torch_optim import optimizer
 
 RANK, GAP, STEPS, LR, DECAY = 2, 3, 20, 0.05, 0.1
 

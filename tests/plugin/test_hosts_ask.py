@@ -85,6 +85,14 @@ def test_galores_groups_are_taken_as_its_users_write_them():
     assert not same(before, weights(model))
 
 
+def test_a_group_that_is_given_to_another_rule_leaves_the_others_to_be_routed():
+    model = toy()
+    first, second = model.layers[0].named_parameters("a"), model.layers[1].named_parameters("b")
+    groups = [{"params": first, "rule": "adamw"}, {"params": second}]
+    rules = {g["name"]: g["rule"] for g in torch_optim.SUMO(groups, **options("sumo")).param_groups}
+    assert rules == {"adamw": "adamw", "sumo": "sumo", "adamw-norms": "adamw"}
+
+
 def test_rates_and_decays_are_read_from_the_group_at_every_step():
     model = toy()
     opt = torch_optim.AdamW(
@@ -188,6 +196,13 @@ def test_what_was_frozen_trains_once_it_is_added_and_not_before():
     opt.add_param_group({"params": [("lm_head.weight", model.lm_head.weight)]})
     filled(model, 1)
     opt.step()
+
+
+def test_parameters_without_names_have_numbers_that_do_not_meet():
+    params = [torch.nn.Parameter(torch.zeros(2), requires_grad=i != 1) for i in range(7)]
+    opt = torch_optim.AdamW([{"params": params[:3]}, {"params": params[3]}], lr=LR)
+    opt.add_param_group({"params": iter(params[4:])})
+    assert list(opt.named_state()) == ["param.0", "param.2", "param.3", "param.4", "param.5", "param.6"]
 
 
 def test_zero_grad_takes_set_to_none():
