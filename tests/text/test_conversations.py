@@ -168,17 +168,17 @@ def test_marks_in_the_data_itself_are_counted_and_said(tmp_path: Path, model: Pa
 
 @pytest.mark.parametrize("unknown", [None, "<unk>"])
 def test_what_the_tokenizer_cannot_say_is_counted_and_refused(unknown: str | None, tmp_path: Path) -> None:
-    words = {"</s>": 0, **{letter: k for k, letter in enumerate("hio ", start=1)}, **({unknown: 5} if unknown else {})}
+    words = {letter: k for k, letter in enumerate("hio ")} | ({unknown: 4} if unknown else {})
     core = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token=unknown))
     core.add_special_tokens(["</s>"])
     core.save(str(tmp_path / "tokenizer.json"))
-    rows = [{"prompt": "hi ", "completion": "ho"}, {"prompt": "hé! ", "completion": "ho"}]
-    with pytest.raises(UsageError, match=r"4 of 17 characters .*in 2 documents, .* such as 'é!um'; .*t.jsonl, line 2"):
+    rows = [{"prompt": "hi ", "completion": "ho"}, {"prompt": "hé! ", "completion": "ho</s>"}]
+    with pytest.raises(UsageError, match=r"4 of 21 characters .*in 2 documents, .* such as 'é!um'; .*t.jsonl, line 2"):
         made(tmp_path, rows, tmp_path)  # um: of the validation example
     folder = made(tmp_path, rows, tmp_path, "lenient", allow_unknown=0.5)
     assert read_index(folder)["unknown"]["characters"] == 4
     ids, trained = Examples(folder).read(1)
-    assert [core.id_to_token(i) for i in ids[trained].tolist()] == ["h", "o", "</s>"], "whatever was lost before it"
+    assert [core.id_to_token(i) for i in ids[trained].tolist()] == ["h", "o", "</s>", "</s>"], "whatever was lost"
 
 
 def test_about_the_fraction_is_held_out_whole(tmp_path: Path) -> None:
