@@ -21,6 +21,7 @@ from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import snsm
 from optimizers.rules.sumo import sumo
+from optimizers.wrappers.norms import norm_masks
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, traversal
@@ -40,6 +41,11 @@ def masked(model: Llama, params: Params) -> Optimizer:
     return omgd(plain(adamw())(model, params), params, masks)
 
 
+def by_norm(model: Llama, params: Params) -> Optimizer:
+    masks = norm_masks(layers(params), Key(1), active=1, period=10)
+    return omgd(plain(adamw())(model, params), params, masks, "none")
+
+
 def subspaces(model: Llama, params: Params) -> Optimizer:
     names = [name for name in params if name.endswith("_proj.weight")]
     made = rso(plain(adamw())(model, params), params, names, 16, period=10)
@@ -57,6 +63,7 @@ METHODS: dict[str, Callable[[Llama, Params], Optimizer]] = {
     "sumo, tracked": plain(sumo(16, 1, basis="track")),
     "sumo, when it sees too little": plain(sumo(16, refresh_below=1e9)),
     "omgd": masked,
+    "omgd, by norm": by_norm,
     "rso": subspaces,
 }
 

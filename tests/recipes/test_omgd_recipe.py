@@ -71,7 +71,14 @@ def test_a_run_says_what_its_masks_give_up(tmp_path):
         ("--period 3", "expected a whole number and a unit"),
         ("--order joint", "expected 'keep'"),
         ("--by coordinates --over muon", "muon needs a matrix"),
+        ("--choose norms --replacement", "--choose norms: got --replacement True, expected False"),
+        ("--choose norms --no-reshuffle", "--choose norms: got --reshuffle False, expected True"),
+        ("--choose norms --by tensors", "--choose norms: got --by tensors, expected layers"),
+        ("--choose norms --scale-mode grad", "nothing to scale by; got scale_mode 'grad'"),
     ):
         assert says in refused(here(tmp_path, tiny + flags), 2)
+    norms = here(tmp_path, tiny + "--active 2 --period 3step --choose norms")
+    assert norms.code == 0 and "2 at a time by their gradient norms, each choice held for 3 steps" in norms.out
+    assert "warning" not in norms.err, "there is no cycle that could end too early"
     lisa = here(tmp_path, tiny.replace("omgd pretrain", "baseline --optimizer lisa") + "--active 1 --period 5step")
     assert lisa.code == 0, lisa.err

@@ -156,6 +156,7 @@ def test_everything_is_visited_before_anything_returns():
     assert set(range(LAYERS)) - seen[0] - seen[1] <= third
 
 
+@pytest.mark.run
 def test_another_process_chooses_the_same():
     code = (
         "from optimizers.wrappers.norms import draw; from optimizers.random import Key; import json;"
@@ -174,6 +175,7 @@ RUNS = [(name, {}) for name in MADE] + [
 ]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("name", "options"), RUNS, ids=str)
 def test_a_run_goes_on_from_every_step_of_two_periods_to_the_bit(name, options, tmp_path):
     step, last = make(name, **options), 2 * PERIOD + 2
