@@ -19,6 +19,7 @@ from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import snsm
 from optimizers.rules.sumo import sumo
+from optimizers.state import Parked
 from optimizers.wrappers.rso import SHARED, merge, rso
 from optimizers.wrappers.subspace import draw
 
@@ -219,3 +220,10 @@ def test_after_a_new_p_the_inner_rule_warms_up(form, moments):
     assert float(state["x.weight"]["age"]) == 1 and "age" not in plain["x.weight"]
     decayed, _ = moved([1.0] * 7, DECAY, warmup=2)
     assert 0.9 < float((decayed - warm).norm() / (7 * LR * DECAY * warm.norm())) < 1.1
+
+
+def test_a_parked_weight_has_nothing_to_merge():
+    """It was merged when it froze: the tensor stays the same object, which is not written a second time."""
+    w, slots = randn(6, 4), {"P": randn(4, 2), "B": torch.zeros(6, 2)}
+    assert merge({"x.weight": w}, {"x.weight": slots})["x.weight"] is not w
+    assert merge({"x.weight": w}, {"x.weight": Parked(slots, {1: False})})["x.weight"] is w
