@@ -1,6 +1,6 @@
 """Text, one token at a time: which tokens may come next, and a draw among them from an explicit seed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,10 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos: int | None = None,
+    eos: int | Collection[int] | None = None,
 ) -> Iterator[int]:
-    """Continue `ids`, yielding new tokens until `max_new_tokens`, `eos` (not yielded) or the last position.
+    """Continue `ids`, yielding new tokens until `max_new_tokens`, `eos` (one or several, not yielded) or the last
+    position.
 
     Draws come from a generator on the host: the same seed and probabilities give the same tokens on every device.
     Raises ValueError before the first token where an argument cannot be met.
@@ -61,12 +62,20 @@ def generate(
             "use the tokenizer the model was trained with"
         )
     new = min(max_new_tokens, positions - len(ids) + 1)  # the last new token is never read, so it needs no position
-    return _stream(model, ids, new, temperature, top_k, top_p, seed, eos)
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return _stream(model, ids, new, temperature, top_k, top_p, seed, ends)
 
 
 @torch.no_grad()
 def _stream(
-    model: Llama, ids: Sequence[int], new: int, temperature: float, top_k: int, top_p: float, seed: int, eos: int | None
+    model: Llama,
+    ids: Sequence[int],
+    new: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    ends: tuple[int, ...],
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     device = model.model.embed_tokens.weight.device
@@ -79,7 +88,41 @@ def _stream(
             raise FloatingPointError("logits: got nan or infinity, expected finite numbers; use an earlier checkpoint")
         p = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
         token = int(torch.multinomial(p.cpu(), 1, generator=generator))
-        if token == eos:
+        if token in ends:
             return
         yield token
         unread = [token]
+
+
+@torch.no_grad()
+def answers(
+    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
+) -> list[list[int]]:
+    """The likeliest continuation of each prompt, all of them together: until one of `ends` (left out), the last
+    position, or `max_new_tokens`.
+
+    Rows begin at the same place, so nothing is padded: up to the shortest prompt's end all are read at once; from there
+    on a token a step, a longer prompt's own until it is over. Raises ValueError for an empty prompt or one that is
+    longer than the model.
+    """
+    positions, device = model.config.max_position_embeddings, model.model.embed_tokens.weight.device
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if not 0 < shortest <= longest <= positions:
+        raise ValueError(f"prompt: got {shortest} to {longest} tokens, expected 1 to {positions}; shorten it")
+    stop = min(longest + max_new_tokens, positions + 1)
+    caches = model.caches(limit=stop - 1, batch=len(prompts))
+    found: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    unread = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=device)
+    for at in range(shortest, stop):
+        drawn = model.logits(model.model(unread, caches)[:, -1]).argmax(-1).tolist()
+        following = [prompt[at] if at < len(prompt) else drawn[i] for i, prompt in enumerate(prompts)]
+        for i in [i for i in open_rows if at >= len(prompts[i])]:
+            if following[i] in ends or len(found[i]) == max_new_tokens:
+                open_rows.remove(i)
+            else:
+                found[i].append(following[i])
+        if not open_rows or at + 1 == stop:
+            break
+        unread = torch.tensor([[token] for token in following], device=device)
+    return found

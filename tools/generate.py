@@ -1,8 +1,11 @@
 """Text from a checkpoint, as it is generated: `python -m tools.generate RUN --prompt "Once upon a time"`.
 
+    python -m tools.generate RUN --chat                          talk: a line, an answer, until the input ends
+    python -m tools.generate RUN --chat --prompt "Who are you?"  one answer
+
 RUN may also be a folder with a model as Hugging Face publishes it, of a family that is known here.
-Prints the prompt and its continuation. Exit codes: 0 done, 1 failure, 2 bad arguments, 5 unusable checkpoint,
-130 interrupted.
+Prints the prompt and its continuation, or with --chat the answers. Exit codes: 0 done, 1 failure, 2 bad arguments,
+5 unusable checkpoint, 130 interrupted.
 """
 
 import json
@@ -39,6 +42,9 @@ from models.llama import Llama, LlamaConfig
 from models.sampling import generate
 from optimizers.wrappers.rso import merge
 
+from . import chat
+from .chat import Settings
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -50,12 +56,17 @@ class Generate:
     """What to continue. Empty: start a new document."""
     max_new_tokens: int = 256
     """Stop after so many tokens, or at the end of the document, or at the model's last position."""
-    temperature: float = 0.8
-    """Below 1 is more predictable, above 1 less; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0: among all."""
-    top_p: float = 1.0
-    """Draw among the fewest tokens that hold this much probability; 1: among all."""
+    temperature: float | None = None
+    """Below 1 is more predictable, above 1 less; 0 always takes the likeliest token. Default: 0.8, or with --chat what
+    the model's generation_config.json says."""
+    top_k: int | None = None
+    """Draw among the k likeliest tokens; 0, the default: among all. With --chat as above."""
+    top_p: float | None = None
+    """Draw among the fewest tokens that hold this much probability; 1, the default: among all. With --chat as above."""
+    chat: bool = False
+    """Put --prompt, or line after line of the input, into the model's chat template, and print answers alone."""
+    system: str = ""
+    """With --chat: what the system says first."""
     seed: int = 0
     """The same seed gives the same text."""
     checkpoint: int | None = None
@@ -175,17 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer, args.eos) if args.tokenizer else tokenizer_of(folder)
         model = load_model(folder, device, found.record)
         weights.check_vocabulary(tokenizer.vocab_size, model.config, tokenizer.name, folder)
-        ids, remark = prompt_ids(tokenizer, args.prompt, model.config.max_position_embeddings)
-        first = [] if args.tokenizer else opening(folder)
-        ids = first + (ids if args.prompt or not first else [])
-        if remark:
-            print(remark, file=sys.stderr)
-        new = generate(
-            model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, eos=tokenizer.eos
-        )
-        for piece in text(ids, new, tokenizer.decode):
-            print(piece, end="", flush=True)
-        print()
+        if args.system and not args.chat:
+            raise ValueError("--system: says something with --chat only; add it")
+        (_chat if args.chat else _continue)(args, folder, model, tokenizer)
     except KeyboardInterrupt:
         print()
         return 130
@@ -196,6 +199,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         return _fail(error, 1)
     return 0
+
+
+def _continue(args: Generate, folder: Path, model: Llama, tokenizer: Tokenizer) -> None:
+    """The prompt and what follows it. Raises ValueError."""
+    ids, remark = prompt_ids(tokenizer, args.prompt, model.config.max_position_embeddings)
+    first = [] if args.tokenizer else opening(folder)
+    ids = first + (ids if args.prompt or not first else [])
+    if remark:
+        print(remark, file=sys.stderr)
+    new = _drawn(args, model, ids, Settings(0.8, 0, 1.0, (tokenizer.eos,)))
+    for piece in text(ids, new, tokenizer.decode):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _chat(args: Generate, folder: Path, model: Llama, tokenizer: Tokenizer) -> None:
+    """Answers. Raises ValueError."""
+    where = chat.beside(folder, args.tokenizer)
+    usual = chat.settings(where, tokenizer)
+    chat.converse(
+        tokenizer,
+        chat.template_of(where),
+        args.system,
+        args.prompt,
+        lambda ids: _drawn(args, model, ids, usual),
+        lambda new: text([], new, tokenizer.decode),
+    )
+
+
+def _drawn(args: Generate, model: Llama, ids: Sequence[int], usual: Settings) -> Iterator[int]:
+    """New tokens, by the flags that are given and by what is usual."""
+    asked = (args.temperature, args.top_k, args.top_p)
+    temperature, top_k, top_p = (own if own is not None else other for own, other in zip(asked, usual[:3], strict=True))
+    return generate(model, ids, args.max_new_tokens, temperature, int(top_k), top_p, args.seed, eos=usual.ends)
 
 
 def _device(name: str | None) -> torch.device:
