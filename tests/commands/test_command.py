@@ -11,7 +11,7 @@ from helpers.runs import TINY, corpus, here, tool
 from engine.terminal.command import pasted
 
 RECIPES = ["baseline", "snsm", "sumo", "rso", "omgd", "finetune", "demo", "compare"]
-TOOLS = ["plan", "plot", "bench", "inspect", "swap", "prepare", "generate"]
+TOOLS = ["plan", "plot", "bench", "inspect", "swap", "prepare", "generate", "evaluate"]
 
 
 @pytest.mark.parametrize("name", [*(f"recipes.{name}" for name in RECIPES), *(f"tools.{name}" for name in TOOLS)])

@@ -116,7 +116,7 @@ def test_quoted_recipes_name_the_flag_that_they_came_from(line):
     "name",
     [
         *(f"recipes.{name}" for name in ("baseline", "snsm", "sumo", "rso", "omgd", "finetune", "demo", "compare")),
-        *(f"tools.{name}" for name in ("plot", "bench", "inspect", "swap", "prepare", "generate")),
+        *(f"tools.{name}" for name in ("plot", "bench", "inspect", "swap", "prepare", "generate", "evaluate")),
     ],
 )
 @pytest.mark.parametrize("columns", ["30", "80"])
