@@ -38,6 +38,8 @@ TINY = {  # what is added to a command, so that it takes a second
     "recipes.omgd": RUN,
     "recipes.rso": RUN,
     "recipes.compare": RUN,
+    "recipes.finetune": "",
+    "tools.evaluate": "",
     "tools.plan": MODEL,
     "tools.prepare": "",
     "tools.inspect": "",
