@@ -229,7 +229,8 @@ def grouped(moments: Mapping[str, int]) -> dict[str, int]:
 
 
 def gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB"
+    """In GiB, or where that would be 0.00, in MiB."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 // 10 else f"{n / 2**20:.2f} MiB"
 
 
 def plain(plan: "Plan") -> dict[str, Any]:
