@@ -93,7 +93,7 @@ def _trained(
             return out, None
     with Metrics(out, trainer.done, config.steps, console) as metrics:
         found = trainer.train(metrics, until)
-    if config.swap_at and until < config.steps:
+    if config.swap_at and trainer.done == until < config.steps:  # else it ended early
         return out, continued(config, out / f"step-{until:08d}")
     _finish(run, trainer, metrics, found, material, console)
     return out, None

@@ -216,3 +216,16 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     gone = max((tmp_path / "model").glob("*.safetensors"))
     gone.unlink()
     assert f"{gone.name}: is not there" in refused(here(tmp_path, f"{LINE} --out run"), 2)
+
+
+@pytest.mark.run
+def test_another_optimizer_goes_on_unless_the_run_has_ended_early(tmp_path: Path) -> None:
+    folder(tmp_path)
+    line = (
+        LINE.replace("--eval-every 2", "--eval-every 1") + '--swap-at 4 "finetune model --optimizer sgd --sequence 48" '
+    )
+    done = here(tmp_path, line + "--lr 1e-4 --out run")
+    assert done.code == 0 and [step for step, _ in column(tmp_path / "run", "eval/loss")] == [*range(7)], done
+    done = here(tmp_path, line + "--lr 0.5 --warmup 0 --patience 1 --out early")
+    assert done.code == 0 and "stopped early" in done.out, done
+    assert max(step for step, _ in column(tmp_path / "early", "eval/loss")) < 4
