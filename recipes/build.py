@@ -82,5 +82,7 @@ def build(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Run:
 
 def vocabulary_of(config: TrainConfig) -> int:
     """That of the tokenizer, or without one of the preset. Raises UsageError where it cannot be read."""
+    if config.init is not None and init.bare(config.init):
+        return init.shape(config.init, 0, "").vocab_size
     byte = config.tokenizer == "byte"
     return PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer, config.eos).vocab_size

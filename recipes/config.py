@@ -149,8 +149,10 @@ class TrainConfig(LanguageConfig):
         if self.init is not None:
             if self.size != Size():
                 raise UsageError("--size: --init gives the model with its sizes; leave one of them out")
-            init.check(self.init, self.sequence, read=self.resume == "never")
-            self.shape(load_tokenizer(self.tokenizer, self.eos).vocab_size)
+            bare = init.bare(self.init)
+            init.check(self.init, self.sequence, read=self.resume == "never" and not bare)
+            if not bare:
+                self.shape(load_tokenizer(self.tokenizer, self.eos).vocab_size)
         self.at_least("lr", 0)
         if not self.lr < 3e38:
             raise UsageError(f"--lr must be a float32, got {self.lr}")

@@ -34,6 +34,11 @@ def shape(folder: Path, vocabulary: int, tokenizer: str) -> DecoderConfig:
     return config
 
 
+def bare(folder: Path) -> bool:
+    """Is there a shape without weights? That is enough for a plan, and for nothing else."""
+    return (folder / weights.CONFIG).is_file() and not weights.is_folder(folder)
+
+
 def check(folder: Path, sequence: int, read: bool) -> None:
     """Raises UsageError where the model has fewer positions than a sequence or, if its weights are to be `read`, where
     the folder's files do not hold what its config.json describes. Reads heads only."""

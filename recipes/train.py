@@ -56,6 +56,8 @@ def train(config: TrainConfig, saved: Reader | None = None) -> Path:
 def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple[Path, TrainConfig | None]:
     """A run under one optimizer: its folder, and the config that goes on where --swap-at asks for one."""
     config.check()
+    if config.init is not None and config.resume == "never":
+        init.check(config.init, config.sequence, read=True)  # a plan does without weights
     device = device_of(config.device)
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")

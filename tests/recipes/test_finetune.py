@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers.chats import turns
 from helpers.finetuning import FLAGS, folder, rows, write
-from helpers.runs import assert_identical, column, finish, here, refused, start
+from helpers.runs import assert_identical, column, finish, here, refused, start, tool
 from rich.console import Console
 
 from engine.data.chat.packing import IGNORED
@@ -229,3 +229,13 @@ def test_another_optimizer_goes_on_unless_the_run_has_ended_early(tmp_path: Path
     done = here(tmp_path, line + "--lr 0.5 --warmup 0 --patience 1 --out early")
     assert done.code == 0 and "stopped early" in done.out, done
     assert max(step for step, _ in column(tmp_path / "early", "eval/loss")) < 4
+
+
+def test_a_plan_needs_the_shape_of_a_model_and_a_run_its_weights(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "shape").mkdir()
+    shutil.copyfile(tmp_path / "model/config.json", tmp_path / "shape/config.json")
+    line = "--data chats.jsonl --sequence 48 --compile off --optimizer omgd"
+    plans = [json.loads(tool(tmp_path, f"tools.plan finetune {at} {line} --json").out) for at in ("model", "shape")]
+    assert plans[0] == plans[1] and plans[0]["asked"]["bytes"] > 0
+    assert "shape: got no weights" in refused(here(tmp_path, f"finetune shape {line} --out run"), 2)
