@@ -62,10 +62,10 @@ def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")
         config = dataclasses.replace(config, compile="off")
-    material = material_of(config, console)
-    config = config.settled(-(-material.rows // (config.micro_batch * config.accumulation)))
     stem = Path("runs") / "-".join(filter(None, [config.recipe, config.trains, config.named]))
-    with place(config, stem, console.print, config.dry_run, saved) as (out, found):
+    with place(config, stem, console.print, config.dry_run, saved) as (out, found):  # before data are read for long
+        material = material_of(config, console)
+        config = config.settled(-(-material.rows // (config.micro_batch * config.accumulation)))
         return _trained(config, material, console, device, out, found)
 
 
