@@ -8,6 +8,9 @@ from typing import Any
 from . import families
 from .rope import Scaling
 
+LARGEST = 2**31 - 1  # of any size
+POSITIONS = 2**24  # float32, in which angles are computed, tells no larger ones apart
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -52,7 +55,8 @@ class DecoderConfig:
             elif field.type is float:
                 ok, expected = type(value) in (int, float) and 0 < value < math.inf, "a finite number above 0"
             elif field.type is int or field.type == int | None:
-                ok, expected = type(value) is int and value > 0, "a whole number of at least 1"
+                most = POSITIONS if field.name == "max_position_embeddings" else LARGEST
+                ok, expected = type(value) is int and 0 < value <= most, f"a whole number of at least 1, at most {most}"
             else:
                 continue
             if not ok and not (value is None and field.type == int | None):

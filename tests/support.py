@@ -30,6 +30,8 @@ from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, traversal
 
+from .helpers.models import copied
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "docs" / "support.json", ROOT / "docs" / "choosing.md"
 BEGIN, END = "<!-- support: begin -->\n", "<!-- support: end -->"
@@ -153,7 +155,7 @@ def outcome(one: Combination) -> str:
         again = step_of(one, seed=9)
         checkpoint.restore_into(again.params, saved.params)
         again.state.clear()
-        again.state.update(saved.state)
+        again.state.update(copied(saved.state))
     with torch.enable_grad():
         train(straight, BREAK, STEPS)
         train(again, BREAK, STEPS)

@@ -196,7 +196,7 @@ def check(name: str, p: Tensor, slots: Slots, who: RuleRecord) -> None:
 
     if "entries" in slots:
         t = slots["entries"]
-        if t.dtype not in (torch.int32, torch.int64) or t.ndim != 1 or not in_range(t, p.numel()):
+        if t.ndim != 1 or not in_range(t, p.numel()):
             raise refuse("entries", "positions in it")
     if "P" in slots and (p.ndim != 2 or slots["P"].ndim != 2 or slots["P"].shape[0] != p.shape[1]):
         raise refuse("P", "a row for each of its columns")
@@ -223,7 +223,9 @@ def check(name: str, p: Tensor, slots: Slots, who: RuleRecord) -> None:
 
 
 def in_range(index: Tensor, size: int, least: int = 0) -> bool:
-    return index.numel() > 0 and int(index.min()) >= least and int(index.max()) < size
+    """Whether these are whole numbers in [least, size), one at least."""
+    whole = index.dtype in (torch.int32, torch.int64) and index.numel() > 0
+    return whole and int(index.min()) >= least and int(index.max()) < size
 
 
 def look(name: str, p: Tensor, slots: Slots | None, who: RuleRecord, rounded: bool = True) -> Look:

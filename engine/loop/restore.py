@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.contract import Optimizer, Params, Slots, State
+from optimizers.contract import Optimizer, Params, Slots, State, UsageError
 from optimizers.convert import Row, convert
 from optimizers.state import parked_by, with_status
 
@@ -192,7 +192,12 @@ def _check_state(saved: Reader, optimizer: Optimizer, params: Params) -> None:
         if forms == {slot: (tuple(t.shape), t.dtype) for slot, t in slots.items()}:
             shared[key] = saved.slots(key)
     meta = {n: torch.empty_like(p, device="meta") for n, p in params.items()}
-    expected = optimizer.init(meta, saved.step, shared)
+    try:
+        expected = optimizer.init(meta, saved.step, shared)
+    except UsageError as error:
+        raise CheckpointError(
+            f"{saved.path}: the settings that it says it was trained with do not fit its model: {error}"
+        ) from None
     for name in {**expected, **saved.owners}:
         wanted = {slot: (tuple(t.shape), t.dtype) for slot, t in expected.get(name, {}).items()}
         other = {slot: saved.state.form(key) for slot, key in saved.owners.get(name, {}).items()}

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from models.llama import Llama, LlamaConfig
+from optimizers.state import State, parked_by, with_status
 
 LR, VOCABULARY = 1e-2, 97
 
@@ -14,6 +15,16 @@ def llama(layers: int = 2, tied: bool = False, **sizes: int) -> Llama:
     shape = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_attention_heads=4)
     shape |= dict(num_key_value_heads=2, max_position_embeddings=16) | sizes
     return Llama(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.1, **shape))
+
+
+def copied(state: State) -> State:
+    """The state in memory of its own, what is shared still shared. Tensors of a mapped file are aligned in another way,
+    which may decide how a kernel adds up; what resumes a run copies them too."""
+    made: dict[int, Tensor] = {}
+    return {
+        name: with_status(parked_by(slots), {slot: made.setdefault(id(t), t.clone()) for slot, t in slots.items()})
+        for name, slots in state.items()
+    }
 
 
 def batches(step: int, count: int = 1) -> list[dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.models import copied
 from torch import Tensor
 
 from engine.step.segments import cut
@@ -17,7 +18,7 @@ from optimizers.random import Key
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.sgd import sgd
-from optimizers.state import parked_by, with_status
+from optimizers.state import parked_by
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, tensors, traversal
@@ -142,7 +143,7 @@ def test_a_composition_learns_and_resumes_bitwise_anywhere(name):
     whole, losses = engine(name), []
     for step in range(STEPS):
         weights = {n: p.detach().clone() for n, p in whole.params.items()}
-        state = {n: with_status(parked_by(s), {k: t.clone() for k, t in s.items()}) for n, s in whole.state.items()}
+        state = copied(whole.state)
         expected = whole.optimizer.init(whole.params, step)
         assert shapes(expected) == shapes(state), "what a resumed run expects to find"
         assert list(expected) == list(state)

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.models import copied
 from helpers.runs import ROOT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,7 +194,7 @@ def test_a_run_goes_on_from_every_step_of_two_periods_to_the_bit(name, options, 
             assert parked_by(slots) == parked_by(saved.state[key]), (t, key)
         checkpoint.restore_into(again.params, saved.params)
         again.state.clear()
-        again.state.update(saved.state)
+        again.state.update(copied(saved.state))
         train(again, t, t + 1)
         assert all(torch.equal(p, again.params[n]) for n, p in step.params.items()), t
         assert list(step.state) == list(again.state)

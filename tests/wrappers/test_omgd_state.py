@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.masks import DECAY, EPS, KEY, KINDS, LR, everything, make, named, run
-from helpers.models import llama
+from helpers.models import copied, llama
 from torch import Tensor
 
 from engine import checkpoint
@@ -17,7 +17,7 @@ from optimizers.rules.galore import galore
 from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import snsm
-from optimizers.state import parked_by, trains, with_status
+from optimizers.state import parked_by, trains
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import (
     describe,
@@ -81,8 +81,7 @@ def test_a_run_goes_on_from_every_step_of_two_cycles_to_the_bit(tmp_path, case):
             assert parked_by(slots) == parked_by(one.state[key]), key
         checkpoint.restore_into(again.params, one.params)
         again.state.clear()
-        copied = {n: {slot: t.clone() for slot, t in slots.items()} for n, slots in one.state.items()}
-        again.state |= {n: with_status(parked_by(one.state[n]), slots) for n, slots in copied.items()}
+        again.state |= copied(one.state)
         run(again, i, i + 1)
         assert all(p.equal(after.params[name]) for name, p in again.params.items()), i
         assert list(again.state) == list(after.state)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import batches, llama
+from helpers.models import batches, copied, llama
 from helpers.subspace import LR, PERIOD, hypers, make, randn, run
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_in_the_middle_of_a_period_goes_on_bitwise(tmp_path, form, 
     assert (q is k) == bool(share), "what was one stays one, so that x P is kept once"
     for name, p in second.params.items():
         p.detach().copy_(saved.params[name])
-    second.state.update(saved.state)
+    second.state.update(copied(saved.state))
     run(second, 3 * PERIOD - 2, PERIOD + 1)
     for name, p in straight.params.items():
         assert torch.equal(second.params[name], p), name
