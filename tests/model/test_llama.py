@@ -98,11 +98,8 @@ def test_config_as_transformers_writes_it(config: LlamaConfig) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads: got 3, expected a divisor of num_attention_heads = 4"),
         ({"num_key_value_heads": 0}, "num_key_value_heads: got 0, expected a whole number"),
         ({"vocab_size": 0}, "vocab_size: got 0, expected a whole number"),
-        (
-            {"vocab_size": 2**31},
-            "vocab_size: got 2147483648, expected a whole number of at least 1, at most 2147483647",
-        ),
-        ({"max_position_embeddings": 10**30}, "expected a whole number of at least 1, at most 16777216"),
+        ({"vocab_size": 2**31}, "vocab_size: got 2147483648, expected a whole number of at least 1, at most"),
+        ({"max_position_embeddings": 2**25}, "max_position_embeddings: got 33554432, expected a whole number"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers: got 2.0, expected a whole number"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: got '1e-6', expected a finite number above 0"),
         ({"rope_theta": float("inf")}, "rope_theta: got inf, expected a finite number above 0"),
