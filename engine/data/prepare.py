@@ -42,12 +42,22 @@ def cached(cache: Path, request: Request, report: Report = lambda what, done, to
 
     Raises UsageError also where that data was prepared with other settings than the request names.
     """
-    if len(request.data) == 1 and (ready := Path(request.data[0]).expanduser()).is_dir() and (ready / INDEX).exists():
+    if ready := prepared(request):
         _agrees(ready, request)
         return ready
     job = Job(request, cache)
-    name = hashlib.blake2b(json.dumps([SCHEMA, job.identity]).encode(), digest_size=8).hexdigest()
-    return _prepare(cache / name, job, report)
+    return _prepare(cache / named(job), job, report)
+
+
+def prepared(request: Request) -> Path | None:
+    """The prepared folder that a request names as its data, if it does."""
+    ready = Path(request.data[0]).expanduser() if len(request.data) == 1 else None
+    return ready if ready and ready.is_dir() and (ready / INDEX).exists() else None
+
+
+def named(job: Job) -> str:
+    """The name of a job's folder in a cache, equal for equal output."""
+    return hashlib.blake2b(json.dumps([SCHEMA, job.identity]).encode(), digest_size=8).hexdigest()
 
 
 def _prepare(out: Path, job: Job, report: Report) -> Path:

@@ -1,20 +1,18 @@
 """Fine-tuning on conversations: predict the tokens of answers, in packed rows of whole examples."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optimizers.contract import UsageError
 from optimizers.random import fold
 
 from ..data.chat.packing import Longer, Packed
 from ..data.chat.reader import Examples
-from ..step.segments import Batch, Segment, cut
-from ..task import Task
-from .language import MOST
+from ..step.segments import Batch
+from .tokens import TokenTask
 
 
 def blank(rows: int, sequence: int) -> Batch:
@@ -26,14 +24,13 @@ def blank(rows: int, sequence: int) -> Batch:
     return {name: torch.zeros(rows, sequence, dtype=torch.int64) for name in names}
 
 
-class ConversationTask(Task):
+class ConversationTask(TokenTask):
     """Rows of `sequence` tokens that hold whole examples of a prepared folder, in a new pseudo-random order each epoch.
 
     The loss is the mean cross-entropy of a trained token, in nats, over all that a step holds. Evaluation reads
     `eval_rows` rows of the held-out examples, evenly spaced, or all. `config` is the model's in Hugging Face form.
     """
 
-    unit = "tokens"
     loss_unit = "nats per trained token"
 
     def __init__(
@@ -62,20 +59,11 @@ class ConversationTask(Task):
             raise UsageError(
                 f"--sequence: got {sequence:,}, expected at most max_position_embeddings = {positions:,}; shorten it"
             )
-        self.model, self.sequence, self.seed, self.align = model, sequence, seed, align
-        self.eval_rows, self.longer, self.pack, self._config = eval_rows, longer, pack, dict(config)
+        self.seed, self.align, self.longer, self.pack = seed, align, longer, pack
         self.train = Packed(examples, sequence, fold(seed, "data"), align, longer=longer, pack=pack)
         self.held_out = Packed(held_out, sequence, longer=longer, pack=pack)
         self.rows = len(self.train.rows)
-
-    def segments(self) -> Sequence[Segment]:
-        return cut(self.model)
-
-    def batch(self, position: int, count: int) -> Batch:
-        return self.train.batch(position, count)
-
-    def evaluation(self, count: int) -> Iterator[Batch]:
-        return self.held_out.evaluation(count, self.eval_rows)
+        super().__init__(model, sequence, self.train, self.held_out, config, eval_rows)
 
     def fingerprint(self) -> dict[str, Any]:
         examples = self.train.examples
@@ -87,19 +75,6 @@ class ConversationTask(Task):
             "pack": self.pack,
             "seed": self.seed,
         }
-
-    def units(self, rows: int) -> int:
-        return rows * self.sequence
-
-    def report(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        found = super().report(sums)
-        return {**found, "perplexity": math.exp(min(found["loss"], MOST))}
-
-    def shown(self, metrics: Mapping[str, float]) -> str:
-        return super().shown({"loss": metrics["loss"]})
-
-    def model_config(self) -> dict[str, Any]:
-        return self._config
 
     def in_words(self) -> list[str]:
         """What a user should know of the examples before the first step, a line each."""

@@ -42,7 +42,7 @@ class FinetuneTask(ConversationTask):
         return f"{said}  general {metrics[GENERAL]:.4f}" if GENERAL in metrics else said
 
     def _general(self, count: int) -> Iterator[Batch]:
-        for batch in self.general.evaluation(count, self.eval_rows) if self.general else ():
+        for batch in self.general.evaluation(count, self.most) if self.general else ():
             places = torch.arange(self.sequence).expand(count, -1).contiguous()
             whole = {"positions": places, "documents": torch.zeros_like(places), "supervised": places}
             yield {**batch, **whole, GENERAL: torch.ones(count)}

@@ -5,7 +5,6 @@ Beside the files that every prepared folder has, a split has `mask-…` files, o
 place in the request) and its line. As for tokens, what lies beyond what `progress.json` says is made again.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -20,7 +19,7 @@ from ...atomic import alone, sha256, write_whole
 from ..ending import TOKENIZER_CONFIG, read_beside
 from ..index import INDEX, SCHEMA, read_index
 from ..losses import counted, in_words, refuse_unknown, several
-from ..prepare import PROGRESS, begin, commit, expect_same, id_dtype, remark
+from ..prepare import PROGRESS, begin, commit, expect_same, id_dtype, named, prepared, remark
 from ..request import Report
 from ..shards import Shards
 from ..split import SIDES, Side, Split, digest
@@ -49,12 +48,11 @@ def cached(cache: Path, request: ChatRequest, report: Report = lambda what, done
 
     Raises UsageError also where that data was prepared with other settings than the request names.
     """
-    if len(request.data) == 1 and (ready := Path(request.data[0]).expanduser()).is_dir() and (ready / INDEX).exists():
+    if ready := prepared(request):
         _agrees(ready, request)
         return ready
     job = ChatJob(request, cache)
-    name = hashlib.blake2b(json.dumps([SCHEMA, job.identity]).encode(), digest_size=8).hexdigest()
-    return _prepare(cache / name, job, report)
+    return _prepare(cache / named(job), job, report)
 
 
 def _agrees(ready: Path, request: ChatRequest) -> None:
