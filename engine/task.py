@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,19 @@ from torch import Tensor, nn
 
 from .step.segments import Batch, Chain, Segment
 
-Sums = dict[str, Tensor]  # float64; what adds over batches and processes. Of shape (2,): a sum and its count
+
+@dataclass(frozen=True)
+class Collected:
+    """Rows of a batch, (n, k), for figures that are no sums, such as a rank correlation: + puts rows behind rows."""
+
+    rows: Tensor
+
+    def __add__(self, more: "Collected") -> "Collected":
+        return Collected(torch.cat([self.rows, more.rows]))
+
+
+Sum = Tensor | Collected  # of shape (2,): a sum and its count; of another one: what the task's report makes of it
+Sums = dict[str, Sum]  # float64; what adds over batches and processes
 
 
 class Task(ABC):
@@ -63,9 +76,13 @@ class Task(ABC):
         loss, count = chain.loss(dict(params), batch)
         return {"loss": torch.stack([loss.double(), count.double()])}
 
-    def report(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics from sums over all held-out batches. At least "loss". Here: every sum over its count."""
-        return {name: float(total[0] / total[1]) for name, total in sums.items()}
+    def report(self, sums: Mapping[str, Sum]) -> dict[str, float]:
+        """Metrics from sums over all held-out batches. At least "loss". Here: every sum over its count; what was
+        collected, or is no pair, is the report's of a task that has some (`engine.tasks.scores`)."""
+        pairs = {name: total for name, total in sums.items() if isinstance(total, Tensor) and total.shape == (2,)}
+        if other := sums.keys() - pairs.keys():
+            raise TypeError(f"{min(other)}: got no pair (sum, count); {type(self).__name__}.report has to handle it")
+        return {name: float(total[0] / total[1]) for name, total in pairs.items()}
 
     def shown(self, metrics: Mapping[str, float]) -> str:
         """The metrics of an evaluation in a few words, for the progress line."""
@@ -76,7 +93,8 @@ class Task(ABC):
         return {"model": type(self.model).__name__}
 
 
-def add(total: Sums, more: Mapping[str, Tensor]) -> None:
+def add(total: Sums, more: Mapping[str, Sum]) -> None:
     """Add a batch's sums to those of the batches before it."""
     for name, value in more.items():
-        total[name] = total[name] + value if name in total else value
+        before: Any = total.get(name)
+        total[name] = value if before is None else before + value

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..step.segments import Batch, Segment, cut
-from ..task import Task
+from ..task import Sum, Task
 
 MOST = 700.0  # exp of more is no float
 
@@ -46,7 +46,7 @@ class TokenTask(Task):
     def units(self, rows: int) -> int:
         return rows * self.sequence
 
-    def report(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def report(self, sums: Mapping[str, Sum]) -> dict[str, float]:
         found = super().report(sums)
         return {**found, "perplexity": math.exp(min(found["loss"], MOST))}
 
