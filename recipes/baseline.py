@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimizers.contract import Family, Group, Optimizer, Params, UsageError
-from optimizers.partition import trainable
 from optimizers.registry import RULES
 from optimizers.rules.adamw import AdamW, adamw
 from optimizers.wrappers.omgd import omgd
-from optimizers.wrappers.traversal import duration, layers, traversal
+from optimizers.wrappers.traversal import duration, traversal
 
 from . import flags
 from .cli import main
@@ -60,7 +59,7 @@ class Baseline(TrainConfig):
         if self.optimizer != "lisa":
             return base
         period = duration(self.options.period, setup.epoch)
-        chosen = layers(trainable(setup.params))
+        chosen = self.layers(setup.params)
         drawn = traversal(chosen, setup.key, active=self.options.active, period=period, replacement=True)
         return omgd(base, setup.params, drawn, "none")
 

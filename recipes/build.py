@@ -13,17 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.config import step_options, weights_dtype
-from engine.data.tokenizer import load_tokenizer
 from engine.loop.trainer import Trainer
 from engine.step.segments import cut
 from engine.step.step import Step
 from engine.task import Task
-from models.llama import PRESETS, Llama
 from optimizers.contract import Optimizer, Params, State
 from optimizers.partition import freeze
 from optimizers.random import Key, fold
 
-from . import init
 from .config import Setup, TrainConfig
 
 
@@ -31,12 +28,13 @@ class Run(NamedTuple):
     """What a config trains. Model and `params` are on the meta device until `place`."""
 
     config: TrainConfig
-    model: Llama
+    model: Any
     params: Params
     optimizer: Optimizer
     notes: list[str]  # what a user should know of the optimizer
     key: Key  # of every draw of the optimizer
     epoch: int
+    vocabulary: int
 
     def place(self, device: torch.device | str, fill: bool = True) -> Params:
         """Give the model memory on `device`, one tensor at a time in its final dtype; returns its parameters.
@@ -47,10 +45,8 @@ class Run(NamedTuple):
         self.model.allocate(device)
         named = dict(self.model.named_parameters())
         params: Params = {name: named[name] for name in self.params}
-        if fill and self.config.init is not None:
-            init.fill(self.config.init, self.model, params)
-        elif fill:
-            self.model.init_weights(self.config.seed)
+        if fill:
+            self.config.fill(self.model, params)
         return params
 
     def step(self, params: Params, state: State, **changed: Any) -> Step:
@@ -70,19 +66,11 @@ def build(config: TrainConfig, vocabulary: int, epoch: int = 1000) -> Run:
     """Model and optimizer of `config`, without memory. `epoch`: steps in a pass over the data, which matters to what
     changes with it. Raises UsageError where settings do not go together."""
     with torch.device("meta"):
-        model = Llama(config.shape(vocabulary))
+        model = config.network(vocabulary)
     model.to(weights_dtype(config))
     params: Params = dict(model.named_parameters())
     freeze(params, config.freeze)
     key = fold(config.seed, "optimizer")
     setup = Setup(model, params, epoch, key)
     optimizer = config.optimizer_for(setup)
-    return Run(config, model, params, optimizer, config.notes(setup, optimizer), key, epoch)
-
-
-def vocabulary_of(config: TrainConfig) -> int:
-    """That of the tokenizer, or without one of the preset. Raises UsageError where it cannot be read."""
-    if config.init is not None and init.bare(config.init):
-        return init.shape(config.init, 0, "").vocab_size
-    byte = config.tokenizer == "byte"
-    return PRESETS[config.model].vocab_size if byte else load_tokenizer(config.tokenizer, config.eos).vocab_size
+    return Run(config, model, params, optimizer, config.notes(setup, optimizer), key, epoch, vocabulary)

@@ -110,7 +110,7 @@ def run(config: Compare, common: list[str], method: Method, lr: float, seed: int
         cell |= {"loss": result[LOSS], "curve": curve(folder, LOSS)}
         names = {name: None for record in read(folder) for name in record if name.startswith("eval/")}
         cell["curves"] = {name: curve(folder, name) for name in names if name != LOSS}
-        cell |= {k: result[k] for k in ("steps", "tokens", "state_bytes", "seconds_per_step")}
+        cell |= {k: result[k] for k in ("steps", "tokens", "state_bytes", "seconds_per_step") if k in result}
     elif code != 4:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise UsageError(f"{key}: exit code {code}: {lines[-1] if lines else 'no output'}; see {folder / 'log.txt'}")
@@ -251,7 +251,11 @@ def _compare(config: Compare, common: list[str], methods: list[Method], referenc
     cells_of, text_of = columns(config, rows, reference), rates(tried)
     text = f"{markdown(cells_of)}\n{text_of}"
     curves = {row.name: average(drawn) for row in rows if all(drawn := [points(c, config.metric) for c in row.cells])}
-    unit = "nats per token" if config.metric == LOSS else config.metric
+    unit = (
+        "nats per token"
+        if config.metric == LOSS and all("tokens" in c for r in rows for c in r.cells)
+        else config.label
+    )
     table, title = config.out / "table.md", config.title or config.label
 
     def written() -> str:

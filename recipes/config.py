@@ -13,16 +13,18 @@ from engine.tasks import language
 from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
-from optimizers.partition import partition
+from optimizers.partition import partition, trainable
 from optimizers.random import Key
 from optimizers.registry import RULES
 from optimizers.rules.adamw import adamw
+from optimizers.wrappers.traversal import Groups, layers
 
 from . import init
 
 SIZES = ("rank", "update_proj_gap")  # options that go with the size of the model: a preset gives them to any rule
 MATRICES = r"layers\.\d+\..*_proj\.weight$"  # attention and MLP; embedding, norms and head go to AdamW
 VECTORS = r"norm|\.bias$"  # never decayed
+BLOCKS = r"\blayers\.(\d+)\."  # where a name says the number of its layer
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class TrainConfig(LanguageConfig):
 
     recipe: ClassVar[str] = ""  # the module in recipes/, and what else tells its runs from others
     about: ClassVar[tuple[str, ...]] = ("init", "model", "size", "prompt")  # what a swap of the optimizer leaves
+    matrices: ClassVar[str] = MATRICES
+    vectors: ClassVar[str] = VECTORS
+    blocks: ClassVar[str] = BLOCKS
     align: ClassVar[bool] = False  # epochs are whole steps
     prefix: ClassVar[str] = "optimizer"  # before an option's flag, where the recipe has a flag of that name itself
     also: ClassVar[Mapping[str, str]] = {}  # other names of the flags of "optimizer" and of options
@@ -146,13 +151,9 @@ class TrainConfig(LanguageConfig):
     def check(self) -> None:
         super().check()
         self.rule()
-        if self.init is not None:
-            if self.size != Size():
-                raise UsageError("--size: --init gives the model with its sizes; leave one of them out")
-            bare = init.bare(self.init)
-            init.check(self.init, self.sequence, read=self.resume == "never" and not bare)
-            if not bare:
-                self.shape(load_tokenizer(self.tokenizer, self.eos).vocab_size)
+        if self.init is not None and self.size != Size():
+            raise UsageError("--size: --init gives the model with its sizes; leave one of them out")
+        self.check_init(plan=True)
         self.at_least("lr", 0)
         if not self.lr < 3e38:
             raise UsageError(f"--lr must be a float32, got {self.lr}")
@@ -161,6 +162,38 @@ class TrainConfig(LanguageConfig):
             raise UsageError(f"--swap {self.swap}: there is no state to convert; give --resume a run or a checkpoint")
         if self.swap_at and not 0 < self.swap_at[0] < self.steps:
             raise UsageError(f"--swap-at must name a step from 1 to {self.steps - 1}, got {self.swap_at[0]}")
+
+    def check_init(self, plan: bool = False) -> None:
+        """Raises UsageError where the folder of --init is not a model for this run. A plan does without weights."""
+        if self.init is None or not (plan or self.resume == "never"):
+            return
+        bare = plan and init.bare(self.init)
+        init.check(self.init, self.sequence, read=self.resume == "never" and not bare)
+        if not bare:
+            self.shape(load_tokenizer(self.tokenizer, self.eos).vocab_size)
+
+    def vocabulary(self) -> int:
+        """The tokens of the model, before any data are read. Raises UsageError where the tokenizer cannot be read."""
+        if self.init is not None and init.bare(self.init):
+            return init.shape(self.init, 0, "").vocab_size
+        byte = self.tokenizer == "byte"
+        return PRESETS[self.model].vocab_size if byte else load_tokenizer(self.tokenizer, self.eos).vocab_size
+
+    def network(self, vocabulary: int) -> Any:
+        """The model, for a tokenizer of so many tokens: called where tensors have no memory. It has `segments()`,
+        `allocate(device)`, and a `config` with `to_hf()`. Raises UsageError."""
+        return Llama(self.shape(vocabulary))
+
+    def fill(self, model: Any, params: Params) -> None:
+        """The values that a new run begins with, for parameters that have memory. Raises UsageError."""
+        if self.init is not None:
+            init.fill(self.init, model, params)
+        else:
+            model.init_weights(self.seed)
+
+    def layers(self, params: Params) -> Groups:
+        """The layers of the model, for masks that choose among them."""
+        return layers(trainable(params), self.blocks)
 
     def groups(self, params: Params) -> list[Group]:
         """Who trains what."""
@@ -206,16 +239,18 @@ class TrainConfig(LanguageConfig):
             raise UsageError(str(error)) from None
 
 
-def groups_for(config: TrainConfig, rule: Rule, params: Params, matrices: Sequence[str] = (MATRICES,)) -> list[Group]:
-    """`rule` on the matrices that match; AdamW on the rest, if there is any, at a rate of its own where asked."""
+def groups_for(config: TrainConfig, rule: Rule, params: Params, matrices: Sequence[str] = ()) -> list[Group]:
+    """`rule` on the matrices that match, by default the config's; AdamW on the rest, if there is any, at a rate of its
+    own where asked."""
+    matrices = matrices or (config.matrices,)
     if rule.name == "adamw" and config.rest_lr is None:
         return [
-            Group("adamw-norms", rule, (VECTORS,), config.lr, 0.0, "norms and biases: never decayed"),
+            Group("adamw-norms", rule, (config.vectors,), config.lr, 0.0, "norms and biases: never decayed"),
             Group("adamw", rule, ("",), config.lr, config.weight_decay, "everything else"),
         ]
-    why = "matrices of attention and MLP" if tuple(matrices) == (MATRICES,) else "asked for by --match"
+    why = "matrices of attention and MLP" if tuple(matrices) == (config.matrices,) else "asked for by --match"
     left = [name for name in params if not any(re.search(pattern, name) for pattern in matrices)]
-    norms = [name for name in left if re.search(VECTORS, name)]
+    norms = [name for name in left if re.search(config.vectors, name)]
     others = [name for name in left if name not in norms]
     rest = [group for group, own in zip(rest_for(config), (norms, others), strict=True) if own]
     return [Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why), *rest]
@@ -225,7 +260,7 @@ def rest_for(config: TrainConfig, eps: float = 1e-8) -> list[Group]:
     """AdamW on what is left: norms, embedding and head, at a rate of their own where asked."""
     rest, rule = config.lr if config.rest_lr is None else config.rest_lr, adamw(eps=eps)
     return [
-        Group("adamw-norms", rule, (VECTORS,), rest, 0.0, "norms and biases: vectors, never decayed"),
+        Group("adamw-norms", rule, (config.vectors,), rest, 0.0, "norms and biases: vectors, never decayed"),
         Group("adamw-rest", rule, ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
     ]
 
@@ -233,7 +268,7 @@ def rest_for(config: TrainConfig, eps: float = 1e-8) -> list[Group]:
 class Setup(NamedTuple):
     """What an optimizer that wraps another may depend on."""
 
-    model: Llama
+    model: Any
     params: Params
     epoch: int  # steps in one pass over the data, the last one filled up
     key: Key

@@ -31,7 +31,7 @@ class Conversations(Material):
 
     def __init__(self, config: ChatConfig, console: Console) -> None:
         """Raises UsageError."""
-        self.config, self.prompt = config, []
+        self.config: ChatConfig = config
         bar = Bar(console)
         with bar.progress:
             request = ChatRequest(
@@ -50,6 +50,7 @@ class Conversations(Material):
             folder = chats.cached(CACHE, request, bar)
             self.general = self._general(bar)
         self.tokenizer = tokenizer_of(folder)
+        self.vocabulary = self.tokenizer.vocab_size
         self.examples, self.held_out = Examples(folder), Examples(folder, "validation")
         self.template = load_template(folder)
         self.rows = len(Packed(self.examples, config.sequence, longer=config.longer, pack=config.pack).rows)

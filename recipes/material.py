@@ -1,6 +1,7 @@
 """What a run is trained on: rows, the task that they make of a model, and what there is to say and to show of them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from engine.data import Tokens, tokenizer_of
 from engine.data.prepare import cached
 from engine.data.prompt import prompt_ids
 from engine.data.request import Request
-from engine.data.tokenizer import Tokenizer
+from engine.data.tokenizer import KEPT, Tokenizer
 from engine.loop.metrics import Metrics
 from engine.loop.trainer import Trainer
 from engine.task import Task
 from engine.tasks.language import LanguageTask
 from engine.terminal.progress import Bar
 
+from . import init
 from .build import Run
 from .config import TrainConfig
 
@@ -26,8 +28,13 @@ CACHE = Path("runs/.data")
 class Material(ABC):
     """Read already, long enough for a sequence."""
 
+    config: TrainConfig
+    """With what the data say of the model."""
     tokenizer: Tokenizer
-    prompt: list[int]
+    """Where the model reads text that goes on."""
+    vocabulary: int
+    """Of the model's tokens."""
+    prompt: Sequence[int] = ()
     """What the sample at the end goes on from; empty: no sample is drawn then."""
     rows: int
     """In a pass."""
@@ -42,7 +49,7 @@ class Material(ABC):
 
     @abstractmethod
     def more(self, out: Path) -> list[str | Path]:
-        """The command that asks the trained model, after "python -m tools.generate"."""
+        """The command that asks the trained model, after "python -m tools.generate"; empty: there is none."""
 
     @abstractmethod
     def show(self, task: Any, console: Console) -> None:
@@ -51,6 +58,15 @@ class Material(ABC):
     @abstractmethod
     def watch(self, run: Run, task: Any, trainer: Trainer) -> None:
         """Have the trainer do what belongs to an evaluation here."""
+
+    def keep(self, out: Path) -> None:
+        """Put into a run's folder how its tokens are read. Raises WriteError."""
+        if not self.tokenizer.files:  # a run can be read wherever it lies
+            return
+        (out / KEPT).mkdir(exist_ok=True)
+        self.tokenizer.copy_to(out / KEPT)
+        if self.config.init is not None and self.config.tokenizer == str(self.config.init):
+            init.keep_beside(self.config.init, out / KEPT)
 
     @abstractmethod
     def told(self, metrics: Metrics) -> str:
@@ -77,6 +93,7 @@ class Text(Material):
         self.config, self.tokens, self.held_out = config, Tokens(folder), Tokens(folder, "validation")
         self.rows, _ = [tokens.windows(config.sequence) for tokens in (self.tokens, self.held_out)]
         self.tokenizer = tokenizer_of(folder)
+        self.vocabulary = self.tokenizer.vocab_size
         positions = config.shape(self.tokenizer.vocab_size).max_position_embeddings
         self.prompt, remark = prompt_ids(self.tokenizer, config.prompt, positions)
         if remark:

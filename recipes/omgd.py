@@ -140,18 +140,18 @@ def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Choice:
     """The masks that the flags ask for, `epoch` steps being a pass over the data."""
     if config.choose == "norms":
         return norm_masks(
-            layers(trainable(params)),
+            config.layers(params),
             key,
             active=config.active,
             period=duration(config.period, epoch),
             mask_warmup=duration(config.mask_warmup, epoch),
         )
     if config.by == "layers":
-        chosen = layers(trainable(params))
+        chosen = config.layers(params)
     elif config.by == "tensors":
         chosen = tensors(trainable(params), config.match or ("",), config.balance)
     else:
-        chosen = coordinates(trainable(params), config.match or (MATRICES,))
+        chosen = coordinates(trainable(params), config.match or (config.matrices,))
     return traversal(
         chosen,
         key,

@@ -6,7 +6,7 @@ import torch
 
 from engine.step.segments import cut
 
-from .build import build, vocabulary_of
+from .build import build
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def planned(
     from engine.planner.plan import Built, plan
 
     device = device or device_of(config)
-    vocabulary = vocabulary or vocabulary_of(config)
+    vocabulary = vocabulary or config.vocabulary()
 
     run = build(config, vocabulary, epoch)
 

@@ -24,7 +24,7 @@ from optimizers.wrappers.rso import SHARED, rso
 
 from . import flags
 from .cli import main
-from .config import MATRICES, Setup, TrainConfig, rest_for
+from .config import Setup, TrainConfig, rest_for
 from .rso_toy import Toy, toy
 from .train import train
 
@@ -60,11 +60,11 @@ class Rso(TrainConfig):
     def groups(self, params: Params) -> list[Group]:
         """The inner rule on attention and MLP; AdamW on the rest, at the same learning rate unless told otherwise."""
         why = f"attention and MLP, in subspaces of rank {self.rank}"
-        return [Group("rso", self.rule(), (MATRICES,), self.lr, self.weight_decay, why), *rest_for(self)]
+        return [Group("rso", self.rule(), (self.matrices,), self.lr, self.weight_decay, why), *rest_for(self)]
 
     def optimizer_for(self, setup: Setup) -> Optimizer:
         """RSO over the groups' rules, and slots for P and B in the model."""
-        names = [name for name in trainable(setup.params) if re.search(MATRICES, name)]
+        names = [name for name in trainable(setup.params) if re.search(self.matrices, name)]
         base, share = super().optimizer_for(setup), SHARED if self.share else ()
         subspaces = (
             self.rank,

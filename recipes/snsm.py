@@ -18,10 +18,10 @@ from optimizers.rules.snsm import adam_snsm, snsm
 
 from . import flags
 from .cli import main
-from .config import MATRICES, TrainConfig, rest_for
+from .config import TrainConfig, rest_for
 from .train import train
 
-LINEAR = (MATRICES, r"lm_head\.weight$")  # every Linear weight, the head among them, as the authors do
+HEAD = r"lm_head\.weight$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Snsm(TrainConfig):
 
 def groups(config: TrainConfig, rule: Rule, params: Params, head: bool = True) -> list[Group]:
     """The rule on Linear weights; Adam on the rest, at the same learning rate unless told otherwise."""
-    linear = LINEAR if head and "lm_head.weight" in params else LINEAR[:1]
+    linear = (config.matrices, *((HEAD,) if head and "lm_head.weight" in params else ()))
     return [Group(rule.name, rule, linear, config.lr, config.weight_decay, "Linear weights"), *rest_for(config, 1e-6)]
 
 

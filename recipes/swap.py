@@ -20,7 +20,7 @@ from .registry import parsed, unknown, words
 def source(saved: Reader, run: Run, config: TrainConfig) -> Optimizer:
     """The optimizer that a checkpoint of this run's model was trained with, under `config`. Raises CheckpointError."""
     try:
-        return build(config, run.model.config.vocab_size, run.epoch).optimizer
+        return build(config, run.vocabulary, run.epoch).optimizer
     except UsageError as error:
         raise unknown(saved.path, error) from None
 

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from engine.atomic import write_whole
 from engine.checkpoint import Reader
-from engine.data.tokenizer import KEPT, Tokenizer
 from engine.fit import plain_console, resume
 from engine.inspection.receipt import receipt
 from engine.loop.best import best
@@ -26,7 +25,6 @@ from engine.terminal.command import pasted, program
 from models.sampling import generate
 from optimizers.compile import can_compile
 
-from . import init
 from .build import Run, build
 from .chat import ChatConfig
 from .config import TrainConfig
@@ -56,8 +54,7 @@ def train(config: TrainConfig, saved: Reader | None = None) -> Path:
 def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple[Path, TrainConfig | None]:
     """A run under one optimizer: its folder, and the config that goes on where --swap-at asks for one."""
     config.check()
-    if config.init is not None and config.resume == "never":
-        init.check(config.init, config.sequence, read=True)  # a plan does without weights
+    config.check_init()
     device = device_of(config.device)
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")
@@ -65,7 +62,7 @@ def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple
     stem = Path("runs") / "-".join(filter(None, [config.recipe, config.trains, config.named]))
     with place(config, stem, console.print, config.dry_run, saved) as (out, found):  # before data are read for long
         material = material_of(config, console)
-        config = config.settled(-(-material.rows // (config.micro_batch * config.accumulation)))
+        config = material.config.settled(-(-material.rows // (config.micro_batch * config.accumulation)))
         return _trained(config, material, console, device, out, found)
 
 
@@ -78,13 +75,13 @@ def _trained(
     config: TrainConfig, material: Material, console: Console, device: torch.device, out: Path, saved: Reader | None
 ) -> tuple[Path, TrainConfig | None]:
     """In `out`, which is this process's own, from the checkpoint `saved`, if any."""
-    run = build(config, material.tokenizer.vocab_size, -(-material.rows // (config.micro_batch * config.accumulation)))
+    run = build(config, material.vocabulary, -(-material.rows // (config.micro_batch * config.accumulation)))
     task = material.task(run)
     _introduce(run, task, material, console)
     if config.dry_run:
         return out, None
     trainer = _prepared(run, task, out, saved, device, console)
-    _own(out, saved, trainer, material.tokenizer, console)
+    _own(out, saved, trainer, material, console)
     material.watch(run, task, trainer)
     until = config.swap_at[0] if config.swap_at and config.swap_at[0] > trainer.done else config.steps
     if trainer.converted:
@@ -126,15 +123,10 @@ def _prepared(run: Run, task: Task, out: Path, saved: Reader | None, device: tor
     return trainer
 
 
-def _own(out: Path, saved: Reader | None, trainer: Trainer, tokenizer: Tokenizer, console: Console) -> None:
+def _own(out: Path, saved: Reader | None, trainer: Trainer, material: Material, console: Console) -> None:
     """Set another branch aside, and put into the folder what says how to read and repeat the run. Raises WriteError."""
     leave_branch(out, saved, trainer.done, trainer.config, console.print)
-    if tokenizer.files:  # a run can be read wherever it lies
-        (out / KEPT).mkdir(exist_ok=True)
-        tokenizer.copy_to(out / KEPT)
-        asked = trainer.config
-        if isinstance(asked, TrainConfig) and asked.init is not None and asked.tokenizer == str(asked.init):
-            init.keep_beside(asked.init, out / KEPT)
+    material.keep(out)
     config = trainer.config.plain()
     write_whole(out / "config.json", json.dumps(config, indent=1) + "\n")
     console.print(f"config: {json.dumps(config)}", style="dim")
@@ -166,7 +158,7 @@ def _finish(
         ("loss curve", "drawn", lambda: _curve(run, trainer, metrics, held_out)),
         ("numbers", "written", lambda: f"{out / FILE}, {write_result(trainer, metrics, held_out)}"),
         ("look at it", "said", lambda: pasted(program("tensorboard"), "--logdir", out)),
-        ("more text", "said", lambda: pasted(program("python"), "-m", "tools.generate", *material.more(out))),
+        ("more text", "said", lambda: _more(material, out)),
         ("memory", "predicted", lambda: _memory(run, trainer)),
         ("sample", "drawn", lambda: _sample(run, trainer, material, console)),
     ):
@@ -194,12 +186,18 @@ def _curve(run: Run, trainer: Trainer, metrics: Metrics, held_out: Mapping[str, 
     return str(loss_curve(out / "loss.png", {label: trained}, title, held_out={label: evaluated}))
 
 
+def _more(material: Material, out: Path) -> str:
+    """The command that asks the trained model, where it answers with text."""
+    asking = material.more(out)
+    return pasted(program("python"), "-m", "tools.generate", *asking) if asking else ""
+
+
 def _memory(run: Run, trainer: Trainer) -> str:
     """What the planner predicted of the last step (on CUDA: of the run), and what was counted."""
     if not trainer.measured:
         return ""
     cuda = trainer.step.device.type == "cuda"
-    found = planned(run.config, run.model.config.vocab_size, run.epoch, trainer.step.device.type, trainer.done - 1)
+    found = planned(run.config, run.vocabulary, run.epoch, trainer.step.device.type, trainer.done - 1)
     own = found.bytes - found.kinds.get("CUDA context (assumed)", 0)
     return (
         f"predicted {own / 2**30:.3f} GiB of tensors at the peak ({found.moment}), measured "
@@ -209,10 +207,9 @@ def _memory(run: Run, trainer: Trainer) -> str:
 
 def _sample(run: Run, trainer: Trainer, material: Material, console: Console) -> str:
     """Print what the model makes of the prompt, if any, with the weights that it has without its optimizer."""
-    tokenizer, prompt = material.tokenizer, material.prompt
-    if not prompt:
+    if not material.prompt:
         return ""
-    step = trainer.step
+    tokenizer, prompt, step = material.tokenizer, material.prompt, trainer.step
     for name, p in step.params.items():
         own = {name: step.state[name]} if name in step.state else {}
         p.data.copy_(run.optimizer.merge({name: p}, own)[name])

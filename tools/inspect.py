@@ -211,11 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fresh(line: str, match: str = "") -> Report:
     """What a recipe with its flags would save before its first step. Raises UsageError."""
-    from recipes.build import build, vocabulary_of  # slow to import
+    from recipes.build import build  # slow to import
     from recipes.registry import parsed, words
 
     config = parsed(words(line, "--fresh"), "--fresh")
-    run = build(config, vocabulary_of(config))
+    run = build(config, config.vocabulary())
     return inspect_fresh(f"recipes.{line}", run.params, run.optimizer, match)
 
 
