@@ -109,10 +109,7 @@ class Decoder(nn.Module):
             if p.ndim == 1:
                 p.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
-            flat = p.view(-1)
-            for start, stop in _slices(len(flat)):
-                draw = torch.empty(stop - start, dtype=torch.float32, device="cpu")
-                flat[start:stop].copy_(draw.normal_(std=self.config.initializer_range, generator=generator))
+            draw_normal(p, self.config.initializer_range, generator)
 
     def num_parameters(self) -> int:
         """Elements of all parameters, a tied one counted once."""
@@ -174,6 +171,14 @@ def block(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
 def summed_loss(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
     """Last segment: x (..., C) and batch["targets"] (...) -> summed cross entropy, 0-d float32."""
     return _summed(module(x), batch["targets"])
+
+
+def draw_normal(p: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill a contiguous tensor of any dtype and device from N(0, std²), drawn on the host a slice at a time."""
+    flat = p.data.view(-1)
+    for start, stop in _slices(len(flat)):
+        draw = torch.empty(stop - start, dtype=torch.float32, device="cpu")
+        flat[start:stop].copy_(draw.normal_(std=std, generator=generator))
 
 
 def _slices(size: int) -> Iterator[tuple[int, int]]:

@@ -34,7 +34,7 @@ def is_folder(path: Path) -> bool:
 def config_of(folder: Path) -> DecoderConfig:
     """The shape of the model in a folder. Raises ValueError where there is none, or one that is not known here."""
     try:
-        return DecoderConfig.from_hf(_json(folder / CONFIG))
+        return DecoderConfig.from_hf(read_json(folder / CONFIG))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -81,7 +81,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
 
 
 def _shards(index: Path) -> list[Path]:
-    where = _json(index).get("weight_map")
+    where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(
             f"{index}: weight_map: got {str(where)[:60]}, expected the file of each tensor; fetch it again"
@@ -191,7 +191,7 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
