@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,8 +31,9 @@ class Row(NamedTuple):
     """All that the row holds, where no field was asked for."""
 
 
-def rows(path: Path, field: str | None) -> Iterator[Row]:
-    """Every row of a file: its `field`, or, with None, all of it (of a file of text, an object with "text").
+def rows(path: Path, field: str | None, header: Sequence[str] = ()) -> Iterator[Row]:
+    """Every row of a file: its `field`, or, with None, all of it (of a file of text, an object with "text"). `header`
+    names the columns of a csv or tsv that has no first line with their names.
 
     Raises UsageError where the file as a whole is not understood, and what opening it does.
     """
@@ -47,7 +48,7 @@ def rows(path: Path, field: str | None) -> Iterator[Row]:
         elif suffix == ".json":
             yield from _json(file.read(), path, field)
         elif suffix in (".csv", ".tsv"):
-            yield from _table(file, path, field, suffix)
+            yield from _table(file, path, field, suffix, header)
         else:
             yield from _json_lines(file, field)
 
@@ -130,7 +131,7 @@ def _of(value: object, place: str, field: str | None) -> Row:
     return Row(place, text) if isinstance(text, str) else Row(place, fault=f"got {str(text)[:60]!r}; {wanted}")
 
 
-def _table(file: BinaryIO, path: Path, field: str | None, suffix: str) -> Iterator[Row]:
+def _table(file: BinaryIO, path: Path, field: str | None, suffix: str, named: Sequence[str] = ()) -> Iterator[Row]:
     """Comma-separated values with a header, quoted as in RFC 4180; or tab-separated ones, without any quoting."""
     csv.field_size_limit(sys.maxsize)
     tabs = suffix == ".tsv"
@@ -145,7 +146,7 @@ def _table(file: BinaryIO, path: Path, field: str | None, suffix: str) -> Iterat
 
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ","}
     reader = csv.reader(lines(), strict=True, **options)
-    header: list[str] = []
+    header = [*named]
     before = 0
     try:
         for cells in reader:
