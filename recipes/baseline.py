@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optimizers.contract import Family, Group, Optimizer, Params, UsageError
+from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
 from optimizers.registry import RULES
 from optimizers.rules.adamw import AdamW, adamw
 from optimizers.wrappers.omgd import omgd
@@ -31,9 +31,17 @@ class Lisa(AdamW):
     period: str = "20step"
     """How long they are held, such as 20step or 1epoch. State of layers that leave is freed; its authors' code keeps
     it, as does: python -m recipes.omgd pretrain --replacement --state-policy keep."""
+    turn_warmup: int = 0
+    """Steps over which the learning rate of a layer rises when it trains again (ours)."""
 
 
-lisa = Family("lisa", Lisa, lambda name, options: adamw(options.betas, options.eps))
+def _lisa(name: str, options: Lisa) -> Rule:
+    if options.turn_warmup < 0:
+        raise UsageError(f"turn_warmup: got {options.turn_warmup}, expected a number of steps, at least 0")
+    return adamw(options.betas, options.eps)
+
+
+lisa = Family("lisa", Lisa, _lisa)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class Baseline(TrainConfig):
         period = duration(self.options.period, setup.epoch)
         chosen = self.layers(setup.params)
         drawn = traversal(chosen, setup.key, active=self.options.active, period=period, replacement=True)
-        return omgd(base, setup.params, drawn, "none")
+        return omgd(base, setup.params, drawn, "none", turn_warmup=self.options.turn_warmup)
 
     def check(self) -> None:
         super().check()

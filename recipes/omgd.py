@@ -74,6 +74,9 @@ class Pretrain(TrainConfig):
     (by default with --replacement), or updates."""
     state_policy: Literal["drop", "keep", "offload"] = "drop"
     """State of what is frozen: freed, kept, or moved to the host."""
+    turn_warmup: int = 0
+    """Steps over which the learning rate of what a mask brings in rises, each time anew, and at the start (ours):
+    moments that start anew make the first steps of a turn its worst ones."""
     mask_warmup: str = "0step"
     """How long everything trains before the first mask; memory is full until then."""
 
@@ -93,7 +96,7 @@ class Pretrain(TrainConfig):
         """The masked optimizer."""
         made = schedule(self, setup.params, setup.epoch, setup.key)
         mode = self.scale_mode or ("none" if self.replacement or isinstance(made, NormMasks) else "grad")
-        return omgd(super().optimizer_for(setup), setup.params, made, mode, self.state_policy)
+        return omgd(super().optimizer_for(setup), setup.params, made, mode, self.state_policy, self.turn_warmup)
 
     def notes(self, setup: Setup, optimizer: Optimizer) -> list[str]:
         """What the schedule means for this run."""
@@ -121,6 +124,7 @@ class Pretrain(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        self.at_least("turn_warmup", 0)
         if self.choose == "norms":
             cycles = {"order": "epochwise", "remainder": "short", "reshuffle": True, "replacement": False}
             for name, value in {"by": "layers", **cycles}.items():

@@ -48,7 +48,7 @@ class Rso(TrainConfig):
     moments: Literal["reset", "keep", "transform"] = "reset"
     """What happens to the inner rule's state when P changes."""
     turn_warmup: int = 0
-    """Steps over which the learning rate of B rises after each P."""
+    """Steps over which the learning rate of B rises after each P, and at the start (ours)."""
     prox: float = 0.0
     """1/eta of the penalty ||B||²/(2 eta); 0 leaves it out, as public code does."""
 

@@ -15,6 +15,7 @@ from .inspect_page import place
 HEADINGS = {
     "weight_rms": "weights",
     "update_rms": "update",
+    "turn_rate": "turn",
     "update_lost": "lost",
     "basis_error": "QᵀQ−I",
     "first_rms": "M",

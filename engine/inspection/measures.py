@@ -5,6 +5,7 @@ that cannot be told (a moment of zeros, an infinity in it) is NaN. `MEASURES` sa
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from optimizers.contract import Group, Kind, Params, Slots, State
 from optimizers.linalg import projections
 from optimizers.random import Key
 from optimizers.state import Parked
+from optimizers.wrappers.choice import TURN_WARMUP
+from optimizers.wrappers.warmup import AGE
 
 from ..checkpoint.rules import RuleRecord, described
 from ..checkpoint.tensorfile import CheckpointError
@@ -36,6 +39,7 @@ USUAL = {  # where a head does not say what slots are there for
 MEASURES = {
     "weight_rms": "root mean square of the weights",
     "update_rms": "root mean square of the update that the moments stand for, lr m / (sqrt(v) + eps) + lr wd w (AdamW)",
+    "turn_rate": "share of the learning rate that a parameter has this far into its turn (--turn-warmup)",
     "update_lost": "share of that update's entries that rounding to nearest undoes (bf16 weights)",
     "basis_error": "Frobenius norm of Q^T Q - I",
     "first_rms": "root mean square of the first moment, as it is stored",
@@ -157,9 +161,17 @@ def adamw_update(slots: Slots, p: Tensor, who: RuleRecord) -> Tensor | None:
     if not fits or not c1 or not c2:
         return None
     factor = slots["scale"].item() if "scale" in slots and who.options.get("mode") == "update" else 1.0
+    rate = turn_rate(slots, who)
+    factor *= 1.0 if rate is None else rate
     size: Tensor = (slots["exp_avg"] / c1) / ((slots["exp_avg_sq"] / c2).sqrt() + eps)
     delta: Tensor = -factor * who.lr * (size + who.weight_decay * p.float())
     return delta
+
+
+def turn_rate(slots: Slots, who: RuleRecord) -> float | None:
+    """What the outermost mask made of the learning rate at the last step; None where it does not rise in a turn."""
+    steps, ages = who.options.get(TURN_WARMUP), [slot for slot in slots if re.fullmatch(rf"{AGE}\d*", slot)]
+    return min(slots[max(ages)].item() / steps, 1.0) if ages and isinstance(steps, int) else None
 
 
 # One parameter.
@@ -272,6 +284,8 @@ def measured(
             measures["basis_error"] = basis_error(q)
         if first and slots[first].shape == like.shape and q.shape[-1] < q.shape[-2]:
             measures["first_captured"] = captured(slots[first], q, q.shape[-2] != min(like.shape[-2:]))
+    if (rate := turn_rate(slots, who)) is not None:
+        measures["turn_rate"] = rate
     if (delta := adamw_update(slots, like, who)) is not None:
         measures["update_rms"] = rms(delta)
         if p.dtype == torch.bfloat16 and rounded and (moving := delta != 0).any():

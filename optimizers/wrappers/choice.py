@@ -9,6 +9,7 @@ from . import norms, traversal
 
 Choice = traversal.Traversal | norms.NormMasks
 STATE = "traversal_state"  # in an optimizer's metadata: the key that its masks' own slots have in the state
+TURN_WARMUP = "turn_warmup"  # and over how many steps of a turn the learning rate rises, where it does
 
 
 def owned_keys(metadata: Mapping[str, str]) -> list[str]:

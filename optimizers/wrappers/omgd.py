@@ -13,7 +13,8 @@ what leaves are freed and start anew. The authors' code does "keep", and so hold
 Layers left over get a mask of their own, at scale ceil(N / active) like the rest; Algorithm 2 (`remainder="reset"`)
 skips them, at scale N / active, which breaks (3). The scale multiplies gradients after clipping; under Adam's rules it
 all but cancels, so `scale_mode="update"` (ours) multiplies updates, decay included. Algorithm 1's order of pairs is
-"joint"; it needs "keep" and saves no memory. The paper's experiments, and the default here, are epochwise.
+"joint"; it needs "keep" and saves no memory. The paper's experiments, and the default here, are epochwise. With
+`turn_warmup` (ours) the learning rate of a tensor rises over its first steps after each activation: see `warmup`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +28,11 @@ from ..contract import Group, Kind, Optimizer, Params, Rule, Slot, Slots, State,
 from ..partition import blank
 from ..random import Key
 from ..state import parked_by, place, with_status
-from .choice import STATE, Choice
+from .choice import STATE, TURN_WARMUP, Choice
 from .masked import gathered, scaled
 from .norms import NormMasks
 from .traversal import Traversal
+from .warmup import AGE, unused, warming
 from .wrapper import Wrapper
 
 Policy = Literal["drop", "keep", "offload"]
@@ -41,13 +43,15 @@ ScaleMode = Literal["grad", "none", "update"]
 class Omgd(Wrapper):
     """`base`, of which only what the current mask keeps trains; see `omgd`, which makes it.
 
-    `scale` is the name of the slot that holds the mask's scale, empty where none is used. `depth` numbers the masks in
-    a stack, the innermost being 1: by it slots say who has parked them.
+    `scale` is the name of the slot that holds the mask's scale, `age` of that which counts the steps of a turn; empty
+    where none is used. `depth` numbers the masks in a stack, the innermost being 1: by it slots say who has parked
+    them.
     """
 
     masks: Choice
     grouped: Mapping[str, int]  # parameters that are masked -> their group
     scale: str
+    age: str
     policy: Policy
     depth: int
 
@@ -143,6 +147,8 @@ class Omgd(Wrapper):
         for missed in filter(self.base.switches, range(since, step + 1)):  # what changed while it was away
             params, after = self.base.switch(params, state | shared, missed, key)
             state = {n: slots for n, slots in after.items() if n == name}
+        if self.age and name in state:
+            state[name][self.age] = torch.zeros_like(state[name][self.age])
         return params, state
 
     def due(self, step: int, state: State | None = None) -> tuple[str, ...]:
@@ -182,11 +188,14 @@ class Omgd(Wrapper):
         return {name: self._marked({**slots, "entries": entries}, p, step)}
 
     def _marked(self, slots: Slots, p: Tensor, step: int) -> Slots:
-        """Slots with the scale of the mask at `step`."""
-        if not self.scale:
-            return slots
-        scale = p.new_full((), 1.0 if step < self.masks.warmup else self.masks.scale, dtype=torch.float32)
-        return place(with_status(parked_by(slots), {**slots, self.scale: scale}), p.device)
+        """Slots with the scale of the mask at `step`, and with a turn's steps counted from 0 where they were not."""
+        own: Slots = {}
+        if self.age:
+            own[self.age] = slots[self.age] if self.age in slots else p.new_zeros((), dtype=torch.float32)
+        if self.scale:
+            scale = 1.0 if step < self.masks.warmup else self.masks.scale
+            own[self.scale] = p.new_full((), scale, dtype=torch.float32)
+        return place(with_status(parked_by(slots), {**slots, **own}), p.device) if own else slots
 
     def _parked(self, slots: Slots, name: str, p: Tensor) -> Slots:
         """Slots of what leaves; what it added to the weight was merged, so nothing is left of that."""
@@ -196,11 +205,20 @@ class Omgd(Wrapper):
 
 
 def omgd(
-    base: Optimizer, params: Params, masks: Choice, scale_mode: ScaleMode = "grad", state_policy: Policy = "drop"
+    base: Optimizer,
+    params: Params,
+    masks: Choice,
+    scale_mode: ScaleMode = "grad",
+    state_policy: Policy = "drop",
+    turn_warmup: int = 0,
 ) -> Omgd:
     """`base`, with only what the current mask keeps being trained. State: as `base`'s for what is active.
 
-    A masked tensor has a slot `scale` more (0-d float32; not with scale_mode "none"). Where masks choose coordinates it
+    `turn_warmup`: over how many of its steps the learning rate of a masked tensor rises when it trains again, and at
+    the start; whatever becomes of its state. What trains under two masks in a row goes on as it was.
+
+    A masked tensor has a slot `scale` more (0-d float32; not with scale_mode "none"), and with `turn_warmup` a slot
+    `age`, the steps of its turn (0-d float32). Where masks choose coordinates it
     has `entries` too (int32 (k,), positions in the flattened tensor), and its other slots are those of a vector (k,).
     "keep" and "offload" (to the host) hold a frozen tensor's slots as `Parked` ones, all of them from the start.
     A basis that is fresh, or fell due while its tensor was frozen, is rebuilt at the tensor's first step.
@@ -222,12 +240,17 @@ def omgd(
         raise UsageError(
             f"omgd: order 'joint' changes the mask every step; got state_policy {state_policy!r}, expected 'keep'"
         )
+    if turn_warmup < 0 or (turn_warmup and masks.order == "joint"):
+        raise UsageError(
+            f"omgd: turn_warmup: got {turn_warmup} under order {masks.order!r}, expected at least 0, and 0 where order "
+            "'joint' makes every step a turn of its own"
+        )
     compact = masks.groups.kind == "coordinates"
     grouped = {name: i for i, names in enumerate(masks.groups.names) for name in names if name in base.owner}
     owner: dict[str, Group] = dict(base.owner)
     rules: dict[Rule, Rule] = {}  # one a rule, so that all layers share a kernel
     held = {slot.name for name in grouped for slot in base.owner[name].rule.slots}
-    scale = "scale" if "scale" not in held else f"scale{sum(slot.startswith('scale') for slot in held) + 1}"
+    scale, age = unused("scale", held), unused(AGE, held) if turn_warmup else ""
     for name in grouped:
         group = base.owner[name]
         if compact and any(slot.given for slot in group.rule.slots):
@@ -236,7 +259,8 @@ def omgd(
                 "layers or tensors"
             )
         if group.rule not in rules:
-            rules[group.rule] = group.rule if scale_mode == "none" else scaled(group.rule, scale_mode, scale)
+            rule = warming(group.rule, turn_warmup, age) if age else group.rule
+            rules[group.rule] = rule if scale_mode == "none" else scaled(rule, scale_mode, scale)
         owner[name] = group._replace(rule=rules[group.rule])
     if compact:
         assert isinstance(masks, Traversal)
@@ -247,8 +271,9 @@ def omgd(
             owner[name] = owner[name]._replace(rule=gathers[rule])
     depth = 1 + masked_depth(base)
     said: dict[str, str] = {"traversal": masks.write(), "scale_mode": scale_mode, "state_policy": state_policy}
+    said |= {TURN_WARMUP: str(turn_warmup)} if turn_warmup else {}
     slot, metadata = "" if scale_mode == "none" else scale, _over(base.metadata, said)
-    made = Omgd(base, owner, metadata, masks, grouped, slot, state_policy, depth)
+    made = Omgd(base, owner, metadata, masks, grouped, slot, age, state_policy, depth)
     return replace(made, metadata={**metadata, STATE: made.key}) if masks.slots else made
 
 
@@ -261,7 +286,7 @@ def masked_depth(optimizer: Optimizer) -> int:
 
 def _over(inner: Mapping[str, str], own: dict[str, str]) -> dict[str, str]:
     """What masks say of themselves, and what those below them do, each of which is one "over." deeper."""
-    names = {*own, STATE}
+    names = {*own, STATE, TURN_WARMUP}
     return {f"over.{k}" if k.rpartition("over.")[2] in names else k: v for k, v in inner.items()} | own
 
 
@@ -273,7 +298,7 @@ def _check_coordinates(name: str, p: Tensor, rule: Rule, masks: Traversal, polic
     if p.numel() < masks.masks:
         raise UsageError(f"{name}: {p.numel()} entries cannot be split over {masks.masks} masks; leave it out of them")
     slots = blank({name: Group("", rule, (), 0.0)}, {name: p.detach().flatten()[: p.numel() // masks.masks]})[name]
-    if policy != "drop" and slots.keys() - {"scale"}:
+    if policy != "drop" and slots.keys() - {"scale", AGE}:
         raise UsageError(
             f"{name}: masks of coordinates hold the state of active entries only; got state_policy {policy!r}, "
             "expected 'drop', or a rule without state"

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..contract import Hyper, Kind, Rule, Slot, Slots
 from ..moments import Moments
 from ..random import Key, normal, permutation
+from .warmup import AGE, rising, unused
 
 
 def draw(projection: str, key: Key, size: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
@@ -51,6 +52,7 @@ def subspace(
     `inner` for a B. Without `decay` the weight decay is taken to be 0, which saves a pass over W.
     """
     holds, inner_gradient = form == "products" or prox > 0, inner.gradient
+    age = unused(AGE, [slot.name for slot in inner.slots])
 
     def inside(slots: Slots) -> Slots:
         return {slot.name: slots[slot.name] for slot in inner.slots}
@@ -58,7 +60,7 @@ def subspace(
     def init(p: Tensor) -> Slots:
         b = p.new_zeros(p.shape[0], rank, dtype=torch.float32)
         apart = {"B": b} if holds else {}
-        aged = {"age": p.new_zeros((), dtype=torch.float32)} if warmup else {}
+        aged = {age: p.new_zeros((), dtype=torch.float32)} if warmup else {}
         return {"P": p.new_zeros(p.shape[1], rank), **apart, **aged, **inner.init(b)}
 
     def inward(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
@@ -71,11 +73,11 @@ def subspace(
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
         b = slots["B"] if holds else p.new_zeros(()).expand(p.shape[0], rank)
-        still = {**hyper, "weight_decay": torch.zeros_like(hyper["weight_decay"])}
-        aged = {}
+        still: Hyper = {**hyper, "weight_decay": torch.zeros_like(hyper["weight_decay"])}
+        aged: Slots = {}
         if warmup:
-            aged = {"age": slots["age"] + 1}
-            still["lr"] = hyper["lr"] * (aged["age"] / warmup).clamp(max=1)
+            aged = {age: slots[age] + 1}
+            still = rising(still, aged[age], warmup)
         step, new = inner.update(*inward(g, slots), b, still)
         assert step is not None, f"{inner.name} moves its tensor"
         new = slots | new | aged | ({"B": b + step} if holds else {})
@@ -103,7 +105,7 @@ def subspace(
         return slots | new, f"into a random subspace, {did}"
 
     apart = (Slot("B", Kind.WEIGHT),) if holds else ()
-    aged = (Slot("age", Kind.COUNTER),) if warmup else ()
+    aged = (Slot(age, Kind.COUNTER),) if warmup else ()
     return replace(
         inner,
         name=f"rso {inner.name}",

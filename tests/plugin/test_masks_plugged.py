@@ -17,6 +17,8 @@ from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import layers, traversal
 
 OMGD, LISA = Masks(active=1, period=4), Masks(active=1, period=3, replacement=True, scale_mode="none")
+MASKS = {"omgd": OMGD, "lisa": LISA}
+RISING = Masks(active=1, period=4, turn_warmup=6)
 BREAK = 9
 
 
@@ -24,8 +26,13 @@ def frozen(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
-@pytest.mark.parametrize("wrap", [OMGD, LISA], ids=["omgd", "lisa"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        *(pytest.param(name, wrap, id=f"{name} {kind}") for name in RULES for kind, wrap in MASKS.items()),
+        pytest.param("adamw", RISING, id="adamw, rates rise in each turn"),
+    ],
+)
 def test_twenty_steps_with_a_resume_are_those_of_the_engine(name, wrap):
     theirs, mine = toy(), toy()
     step, opt = engine(theirs, name, wrap), facade(mine, name, wrap=wrap)

@@ -5,6 +5,7 @@
 (5)  Algorithm 2, layers: gamma of N_L train at a time, their gradients times N_L / gamma; the rest always trains,
      at scale 1
 (6)  frozen is: no gradient, no step, no decay, no count of steps; its state is kept, or forgotten
+(7)  not the paper's: the a-th step of a layer since it was frozen last has the learning rate times min(a / K, 1)
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +31,16 @@ def adamw_by_hand(
     forget: bool,
     eps: float,
     decay: float,
+    rising: int = 0,
 ) -> None:
     """(5) as the authors' code runs it: torch's AdamW with gradients switched on and off, `params` moved in place.
 
     `loss(t)` is that of step t, `members(name)` the number of the layer that a parameter is in, None where it always
-    trains, `active(t)` the layers of step t. `forget` drops the state of what is switched off (6).
+    trains, `active(t)` the layers of step t. `forget` drops the state of what is switched off (6); `rising` is K
+    of (7), or 0.
     """
-    optimizer = torch.optim.AdamW(params.values(), eps=eps, weight_decay=decay)
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in params.values()], eps=eps, weight_decay=decay)
+    turn = dict.fromkeys(params, 0)
     for step in range(steps):
         for name, p in params.items():
             p.requires_grad_(members(name) in (None, *active(step)))
@@ -47,5 +51,8 @@ def adamw_by_hand(
         for name, p in params.items():
             if p.requires_grad and members(name) is not None:
                 p.grad *= scale
-        optimizer.param_groups[0]["lr"] = rate(step)
+        for group, (name, p) in zip(optimizer.param_groups, params.items(), strict=True):
+            turn[name] = turn[name] + 1 if p.requires_grad else 0
+            masked = rising and members(name) is not None
+            group["lr"] = rate(step) * (min(turn[name] / rising, 1) if masked else 1)
         optimizer.step()

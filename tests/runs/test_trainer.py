@@ -46,6 +46,10 @@ RUNS = {
     "omgd, kept": "omgd pretrain --active 1 --period 5step --state-policy keep",
     "omgd, offloaded": "omgd pretrain --active 1 --period 5step --state-policy offload",
     "omgd, joint": "omgd pretrain --active 1 --period 4step --state-policy keep --order joint",
+    "omgd, rates rising in the middle of a turn": (
+        "omgd pretrain --active 1 --period 5step --turn-warmup 4 --optimizer sumo --rank 4 --update-proj-gap 7"
+    ),
+    "lisa, rates rising in the middle of a turn": "baseline --optimizer lisa --active 1 --period 5step --turn-warmup 4",
     "omgd by norms": "omgd pretrain --choose norms --active 1 --period 4step",
     "omgd by norms over snsm, kept, bf16": (
         "omgd pretrain --choose norms --over snsm --rank 4 --update-proj-gap 7 --active 1 --period 5step "

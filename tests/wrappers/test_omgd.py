@@ -199,14 +199,16 @@ def layer_of(name: str) -> int | None:
 
 @pytest.mark.parametrize("policy", ["drop", "keep", "offload"])
 @pytest.mark.parametrize("replacement", [False, True], ids=["traversal", "lisa"])
-def test_steps_are_those_of_torch_with_gradients_switched_on_and_off(replacement, policy):
+@pytest.mark.parametrize("rising", [0, 3])
+def test_steps_are_those_of_torch_with_gradients_switched_on_and_off(replacement, policy, rising):
     model, reference = llama(4), llama(4)
     params = dict(model.named_parameters())
     masks = traversal(layers(params), KEY, active=2, period=2, replacement=replacement)
     assert any(set(masks.active(t)) & set(masks.active(t + 2)) for t in range(0, 12, 2)), "some stay at a switch"
     mode = "none" if replacement else "grad"
-    step = run(make(model, omgd(everything(params, adamw(eps=EPS)), params, masks, mode, policy)), 0, 13)
+    step = run(make(model, omgd(everything(params, adamw(eps=EPS)), params, masks, mode, policy, rising)), 0, 13)
     options = dict(scale=1.0 if replacement else 2.0, steps=13, forget=policy == "drop", eps=EPS, decay=DECAY)
+    options |= dict(rising=rising)
     expected = dict(reference.double().named_parameters())
 
     def loss(i: int) -> Tensor:
@@ -227,7 +229,8 @@ def test_a_change_of_mask_never_recompiles(recompute, traced):
     model = llama(4)
     params = dict(model.named_parameters())
     masks = traversal(layers(params), KEY, active=3, period=1)  # a mask of three layers, one of one
-    step = make(model, omgd(everything(params, adamw()), params, masks), mode="segments", recompute=recompute)
+    optimizer = omgd(everything(params, adamw()), params, masks, turn_warmup=3)
+    step = make(model, optimizer, mode="segments", recompute=recompute)
     torch._dynamo.reset()
     counters.clear()
     numbers = []

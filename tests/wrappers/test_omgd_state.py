@@ -47,6 +47,10 @@ TURNING = {
     "snsm, keep": (snsm(4, 3), "layers", "keep"),
     "galore, offload": (galore(4, 3, moments="rotate"), "layers", "offload"),
     "muon, tensors by size": (muon(), "tensors by size", "drop"),
+    "adamw, rising, drop": (adamw(eps=EPS), "layers", "drop"),
+    "snsm, rising, keep": (snsm(4, 3), "layers", "keep"),
+    "lisa, rising, offload": (adamw(eps=EPS), "lisa", "offload"),
+    "adamw, rising, coordinates": (adamw(eps=EPS), "coordinates", "drop"),
 }
 
 
@@ -54,7 +58,7 @@ def masked_in(case: str, model: Llama) -> Optimizer:
     rule, kind, policy = TURNING[case]
     params = dict(model.named_parameters())
     base = (everything if kind == "coordinates" else over_matrices)(params, rule)
-    return omgd(base, params, KINDS[kind](params), "grad", policy)
+    return omgd(base, params, KINDS[kind](params), "grad", policy, 3 if "rising" in case else 0)
 
 
 @pytest.mark.run
