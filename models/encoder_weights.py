@@ -9,10 +9,10 @@ are ValueError in one line: the file, the tensor, what was got, what was expecte
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ from .shards import Stored
 
 OLD = {".gamma": ".weight", ".beta": ".bias"}
 BUFFERS = ".position_ids"  # that old files hold beside the weights
+
+
+class Described(Protocol):
+    """A config that names the prefix of the body."""
+
+    @property
+    def model_type(self) -> str: ...
+
+
+class Fillable(Protocol):
+    """A body under its model_type, and a head beside it."""
+
+    @property
+    def config(self) -> Described: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def init_weights(self, seed: int, names: frozenset[str] | None = None) -> None: ...
 
 
 class Sources(NamedTuple):
@@ -66,7 +84,7 @@ def load(folder: Path, head: Head | None = None, labels: tuple[str, ...] = (), s
     return model.eval()
 
 
-def sources(model: Encoder, folder: Path, new_head: bool = False) -> Sources:
+def sources(model: Fillable, folder: Path, new_head: bool = False) -> Sources:
     """What fills the model, from the heads of files alone; with `new_head` the folder's own head is not used.
 
     Raises ValueError where the folder lacks a tensor of the body, has one too many, or one of another shape."""
@@ -110,7 +128,7 @@ def _fits(name: str, shape: tuple[int, ...], got: Stored, body: bool) -> None:
         raise ValueError(f"{got.file}: {name}: got the dtype {got.dtype}, expected one of {known}; fetch another one")
 
 
-def fill(params: Mapping[str, Tensor], model: Encoder, found: Sources, seed: int) -> None:
+def fill(params: Mapping[str, Tensor], model: Fillable, found: Sources, seed: int) -> None:
     """Read values into the model's parameters, which have memory, and draw those that the folder does not have."""
     for name, tensor in found.stored.items():
         shards.read_into(tensor, params[name].data)
