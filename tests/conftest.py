@@ -5,6 +5,7 @@ What has none of them runs in `make quick`.
 """
 
 import functools
+import gc
 import os
 import sys
 import tempfile
@@ -24,15 +25,27 @@ CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY")
 if CAPABILITY and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"leanstep-inductor-{CAPABILITY}")
 
-import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 for file in sorted((ROOT / "tests" / "helpers").glob("*.py")):  # their asserts say what both sides were
     pytest.register_assert_rewrite(f"helpers.{file.stem}")
-torch.set_num_threads(THREADS)
-hypothesis.settings.register_profile("leanstep", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("leanstep")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load what tests need, except in a process that only hands them out to others."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import hypothesis
+    import torch
+
+    torch.set_num_threads(THREADS)
+    hypothesis.settings.register_profile("leanstep", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("leanstep")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays until the end: no collection of garbage looks through it again."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -48,11 +61,13 @@ def shared() -> Path:
 def _forget_compiled_code() -> Iterator[None]:
     """Forget graphs after a test that compiled, so that each test counts its own recompiles. Imports nothing itself."""
     yield
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
 
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile traces and guards as ever, but runs graphs as they are: they are counted, not made fast."""
+    import torch
+
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -15,7 +15,7 @@ from optimizers.registry import RULES, rule
 from optimizers.rule_optimizer import RuleOptimizer
 from optimizers.torch_optim import optimizer
 
-RANK, GAP, STEPS, LR, DECAY = 2, 3, 20, 0.05, 0.1
+RANK, GAP, STEPS, LR, DECAY = 2, 3, 12, 0.05, 0.1
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.grids import covering, few
 from helpers.plugged import (
     DECAY,
     GAP,
@@ -26,6 +27,7 @@ from optimizers import torch_optim
 from optimizers.registry import RULES
 
 each_rule = pytest.mark.parametrize("name", RULES)
+COPIERS = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
 
 
 def filled(model, step=0):
@@ -215,9 +217,9 @@ def test_zero_grad_takes_set_to_none():
     assert all(p.grad is None for p in model.parameters())
 
 
-@each_rule
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_a_copy_goes_on_like_the_original(name, copier):
+@pytest.mark.parametrize(("name", "how"), covering(RULES, COPIERS))
+def test_a_copy_goes_on_like_the_original(name, how):
+    copier = COPIERS[how]
     model = toy()
     opt = facade(model, name)
     for i in range(GAP + 1):
@@ -302,7 +304,7 @@ def test_dtypes_of_the_state_of_a_bfloat16_model_survive_a_load(name):
     assert same_state(before, other.named_state()), "no memory is shared"
 
 
-@each_rule
+@pytest.mark.parametrize("name", few(RULES, "adamw", "snsm", "sumo"))
 def test_torchs_distributed_checkpoint_carries_it(name, tmp_path):
     model = toy().bfloat16()
     opt = facade(model, name)

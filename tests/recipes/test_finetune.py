@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers.chats import turns
 from helpers.finetuning import FLAGS, folder, rows, write
+from helpers.grids import few
 from helpers.runs import assert_identical, column, finish, here, refused, start, tool
 from rich.console import Console
 
@@ -97,7 +98,7 @@ def test_the_best_of_a_history() -> None:
     assert best([{"step": 1, "train/loss": 1.0}]) is None and kept(history[:1]) is None
 
 
-@pytest.mark.parametrize("name", Finetune.rules())
+@pytest.mark.parametrize("name", few(Finetune.rules(), "adamw", "sumo", "rso"))
 def test_every_rule_can_fine_tune_and_be_planned(tmp_path: Path, name: str) -> None:
     options = Finetune.defaults(name)
     rank = "--rank 4" if hasattr(options, "rank") and "rank" not in idle(options) else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import config_of, wide
+from helpers.grids import covering
 from helpers.runs import assert_identical, corpus, here, refused, tool
 
 from engine.data.tokenizer import train_bpe
@@ -37,8 +38,13 @@ def published(folder: Path, name: str = "qwen3", dtype: torch.dtype = torch.floa
     return model
 
 
-@pytest.mark.parametrize("name", ["llama, scaled", "mistral, sliding", "qwen2", "qwen3", "smollm3"])
-@pytest.mark.parametrize("recipe", ["baseline", "rso demo --rank 4", "omgd pretrain"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    covering(
+        ["llama, scaled", "mistral, sliding", "qwen2", "qwen3", "smollm3"],
+        ["baseline", "rso demo --rank 4", "omgd pretrain"],
+    ),
+)
 def test_a_run_begins_with_the_published_weights(tmp_path: Path, name: str, recipe: str) -> None:
     model = published(tmp_path / "model", name)
     config = parsed([*recipe.split(), *SHORT.split(), "--init", str(tmp_path / "model")], "test")

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from helpers.grids import covering
 
 from optimizers.contract import UsageError, idle
 from optimizers.registry import RULES
@@ -32,8 +33,7 @@ def shown(line: str) -> str:
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", out.getvalue()).split())
 
 
-@each_recipe
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(("recipe", "name"), covering(RECIPES, RULES))
 def test_every_rule_can_be_asked_for_and_comes_back_from_what_is_saved(recipe, name):
     config = asked(f"{recipe} --optimizer {name}")
     assert config.optimizer == name and type(config.options) is RULES[name].options
@@ -44,8 +44,7 @@ def test_every_rule_can_be_asked_for_and_comes_back_from_what_is_saved(recipe, n
     assert again == dataclasses.replace(config, lr_of="")
 
 
-@each_recipe
-@pytest.mark.parametrize("name", ["galore", "muon", "sumo"])
+@pytest.mark.parametrize(("recipe", "name"), covering(RECIPES, ["galore", "muon", "sumo"]))
 def test_help_shows_the_options_of_the_rule_that_is_asked_for(recipe, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     said = shown(f"{recipe} --optimizer {name}")

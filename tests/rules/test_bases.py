@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from helpers.grids import covering
 from torch import Tensor
 
 from engine.step.segments import cut
@@ -57,7 +58,6 @@ MAKES: dict[str, Make] = {
 SHAPES = [(12, 8), (8, 12), (3, 9, 9)]
 SCALES = [1e-30, 1e-22, 1e19, 1e30]
 each_make = pytest.mark.parametrize("name", MAKES)
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -81,19 +81,18 @@ def span(slots: Slots, like: Tensor) -> Tensor:
     return torch.cat([x.flatten().double() for x in (slots["index"], slots.get("signs", slots["index"][:0]))])
 
 
-@each_make
-@pytest.mark.parametrize(
-    ("shape", "rank", "dtype"),
-    [
-        ((12, 8), 3, torch.float32),
-        ((8, 12), 8, torch.float32),
-        ((8, 12), 3, torch.bfloat16),
-        ((2, 12, 8), 3, torch.float32),
-    ],
-    ids=str,
-)
-def test_a_basis_does_not_depend_on_how_large_a_gradient_is(name, shape, rank, dtype):
+SIZES = [
+    ((12, 8), 3, torch.float32),
+    ((8, 12), 8, torch.float32),
+    ((8, 12), 3, torch.bfloat16),
+    ((2, 12, 8), 3, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("name", "size"), covering(MAKES, SIZES), ids=str)
+def test_a_basis_does_not_depend_on_how_large_a_gradient_is(name, size):
     """At the first refresh, and at a later one with a moment to carry over."""
+    shape, rank, dtype = size
     rule, g = MAKES[name](rank), gradient(*shape).to(dtype)
     for scale in [1.0, *SCALES]:
         unit = 2.0 ** round(np.log2(scale))  # exact: the same gradient but for its size
@@ -113,8 +112,7 @@ def test_a_basis_does_not_depend_on_how_large_a_gradient_is(name, shape, rank, d
         assert not any(t.isnan().any() for t in later.values())
 
 
-@each_make
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize(("name", "scale"), covering(MAKES, [1e-38, 1e-30, 1e19, 1e30, 1e37]))
 def test_no_size_makes_a_weight_nan(name, scale):
     """Also where a square leaves float32: with a refused refresh, and one that turns the moments, in between."""
     rule, p = MAKES[name](3), randn(12, 8)
@@ -129,9 +127,7 @@ def test_no_size_makes_a_weight_nan(name, scale):
         assert not any(x.isnan().any() for x in slots.values()), t
 
 
-@each_make
-@each_shape
-@pytest.mark.parametrize("bad", ["zero", "nan", "inf"])
+@pytest.mark.parametrize(("name", "shape", "bad"), covering(MAKES, SHAPES, ["zero", "nan", "inf"]), ids=str)
 def test_what_says_nothing_is_refused_and_told(name, shape, bad):
     rule, g = MAKES[name](3), gradient(*shape)
     slots, _ = rule.refresh(g, rule.init(g), Key(0))
@@ -168,8 +164,7 @@ def none(slots: Slots) -> Tensor:
 # the first gradient that says something ------------------------------------------------------------------------------
 
 
-@each_make
-@each_shape
+@pytest.mark.parametrize(("name", "shape"), covering(MAKES, SHAPES), ids=str)
 def test_a_basis_waits_for_the_first_gradient_that_gives_one(name, shape):
     """What trains from step 3 on is bitwise what a run that starts there does, the clock and the random key aside."""
     rule, p = MAKES[name](3), randn(*shape)
@@ -214,8 +209,10 @@ class Two(torch.nn.Module):
         return ((x @ self.a) + gate * (x @ self.b) - 1).square().mean()
 
 
-@pytest.mark.parametrize("name", ["galore range keep", "snsm auto reset", "snsm topk reset", "sumo random shorter"])
-@pytest.mark.parametrize("stop", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    covering(["galore range keep", "snsm auto reset", "snsm topk reset", "sumo random shorter"], [None, 1, 2, 3, 4]),
+)
 def test_the_engine_asks_until_there_is_one_and_resumes_bitwise(name, stop):
     """The second matrix has no gradient for three steps; a run that is stopped anywhere goes on as if never stopped."""
 

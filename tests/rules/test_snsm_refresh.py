@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.matrices import decaying, hyper, randn
 
 from engine.memory import counted_peak
@@ -22,9 +23,10 @@ KINDS = projections.KINDS
 # refresh ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (150, 140)])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0])
+@pytest.mark.parametrize(
+    ("kind", "shape", "bad"),
+    covering(KINDS, [(9, 6), (6, 9), (150, 140)], [float("nan"), float("inf"), -float("inf"), 0.0]),
+)
 def test_a_useless_gradient_changes_nothing_at_a_refresh(kind, shape, bad):
     for moments, compat in (("reset", ""), ("rotate", ""), ("keep", ""), ("reset", "sn-sm")):
         rule = snsm(3, proj_type=kind, moments=moments, compat=compat)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.matrices import decaying, hyper, randn, run
 from reference.sumo import Sumo, first_delta
 from torch import Tensor
@@ -55,8 +56,7 @@ REPLAYS: dict[str, tuple] = {
 }
 
 
-@pytest.mark.parametrize("case", REPLAYS)
-@each_shape
+@pytest.mark.parametrize(("case", "shape"), covering(REPLAYS, SHAPES))
 def test_a_replay_in_float64(case, shape):
     make, options, theirs = REPLAYS[case]
     rule, p, lr, wd = make(RANK, GAP, **options), 0.1 * randn(*shape), 0.01, 0.1
@@ -232,8 +232,9 @@ def test_bytes_of_whole_models(model):
 # what others see ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [sumo, sumo_paper, sumo_release, partial(sumo, side="longer")])
-@each_shape
+@pytest.mark.parametrize(
+    ("make", "shape"), covering([sumo, sumo_paper, sumo_release, partial(sumo, side="longer")], SHAPES)
+)
 def test_moments_are_said_and_taken_over(make, shape):
     """The export of a constant gradient's moment is that gradient; what is adopted says it again."""
     rule, g = make(RANK, GAP), randn(shape[0], RANK) @ randn(RANK, shape[1], seed=1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.modules import LR, llama
 from torch import Tensor
 
@@ -42,8 +43,10 @@ def optimizer_of(name: str, model: Llama, params: dict[str, Tensor]):
     return base
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("method", [*RULES, "adamw omgd", "adamw lisa", "adamw merged", "adamw products"])
+@pytest.mark.parametrize(
+    ("method", "recompute"),
+    covering([*RULES, "adamw omgd", "adamw lisa", "adamw merged", "adamw products"], [False, True]),
+)
 def test_a_frozen_parameter_has_no_gradient_no_state_and_does_not_move(method, recompute):
     model = llama()
     params = dict(model.named_parameters())

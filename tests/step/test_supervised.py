@@ -50,9 +50,19 @@ def test_accumulation_over_unequal_masks_is_one_batch(recompute: bool, tell: boo
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("logits", [VOCABULARY * 3, 2**24])
+@pytest.mark.parametrize(
+    ("recompute", "accumulation", "logits"),
+    [
+        (False, 1, VOCABULARY * 3),
+        (True, 2, 2**24),
+        (False, 2, VOCABULARY * 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((True, 1, 2**24), (False, 1, 2**24), (False, 2, 2**24))
+        ),
+        *(pytest.param(True, count, VOCABULARY * 3, marks=pytest.mark.slow) for count in (1, 2)),
+    ],
+)
 def test_what_is_left_out_of_the_head_changes_nothing(recompute: bool, accumulation: int, logits: int) -> None:
     found = []
     for tell in (False, True):

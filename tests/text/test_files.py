@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.grids import covering
 
 from engine.data import read_index
 from engine.data.files import find
@@ -111,9 +112,12 @@ def test_zstandard_of_the_standard_library(tmp_path: Path, monkeypatch: pytest.M
         list(documents(tmp_path / "a.txt.zst"))
 
 
-@pytest.mark.parametrize("packer", [name for name in PACKERS if name])
-@pytest.mark.parametrize("name", ["lines", "a list of texts", "csv", "parquet", "arrow stream"])
-@pytest.mark.parametrize("keep", [0.5, 0.99])
+@pytest.mark.parametrize(
+    ("name", "packer", "keep"),
+    covering(
+        ["lines", "a list of texts", "csv", "parquet", "arrow stream"], [name for name in PACKERS if name], [0.5, 0.99]
+    ),
+)
 def test_a_stream_that_is_cut_short(tmp_path: Path, packer: str, name: str, keep: float) -> None:
     suffix, write = FORMATS[name]
     content = PACKERS[packer](write([os.urandom(200).hex() for _ in range(500)]))

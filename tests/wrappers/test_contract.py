@@ -5,6 +5,7 @@ Both lists are those of tests/support.py. What a rule promises stands in tests/r
 
 import pytest
 import torch
+from helpers.grids import covering
 
 from engine.step.step import Step
 from optimizers.contract import UsageError
@@ -24,12 +25,11 @@ def described(state: dict[str, dict[str, torch.Tensor]]) -> Described:
     return {key: {slot: (t.shape, t.dtype) for slot, t in slots.items()} for key, slots in state.items()}
 
 
-each_rule = pytest.mark.parametrize("rule", RULES)
+each_combination = pytest.mark.parametrize(("rule", "wrapper"), covering(RULES, WRAPPERS))
 each_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
-@each_rule
-@each_wrapper
+@each_combination
 def test_after_any_step_the_state_is_what_a_resumed_run_expects(rule, wrapper):
     step = made(rule, wrapper)
     for done in range(STEPS + 1):
@@ -41,8 +41,7 @@ def test_after_any_step_the_state_is_what_a_resumed_run_expects(rule, wrapper):
     assert all(p.isfinite().all() for p in step.params.values())
 
 
-@each_rule
-@each_wrapper
+@each_combination
 def test_what_an_optimizer_says_of_a_model_is_of_this_model(rule, wrapper):
     step = made(rule, wrapper)
     optimizer, params = step.optimizer, step.params

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.masks import DECAY, EPS, KEY, KINDS, LR, everything, hypers, make, named, run
 from helpers.models import batches, distance, graphs, llama, rate
 from reference.omgd import adamw_by_hand, cycle_of_gradients
@@ -61,11 +62,12 @@ def test_masked_gradients_of_a_cycle_sum_to_those_of_every_mask_and_sample(kind,
 # One mask is no mask (c).
 
 
-@pytest.mark.parametrize("mode", ["grad", "none", "update"])
-@pytest.mark.parametrize(("kind", "amount"), [
-    (layers, {"active": 3}), (tensors, {"keep": 1.0}), (coordinates, {"keep": 1.0})
-])  # fmt: skip
-def test_one_mask_is_the_base_optimizer_to_the_bit(kind, amount, mode):
+WHOLE = [(layers, {"active": 3}), (tensors, {"keep": 1.0}), (coordinates, {"keep": 1.0})]
+
+
+@pytest.mark.parametrize(("all_of", "mode"), covering(WHOLE, ["grad", "none", "update"]))
+def test_one_mask_is_the_base_optimizer_to_the_bit(all_of, mode):
+    kind, amount = all_of
     model, masked = llama(3), llama(3)
     params = dict(model.named_parameters())
     base = everything(params, adamw(eps=EPS))
@@ -79,10 +81,12 @@ def test_one_mask_is_the_base_optimizer_to_the_bit(kind, amount, mode):
 # What is frozen stands still (e), what is clipped is clipped first, and accumulation changes nothing (k).
 
 
-@pytest.mark.parametrize("policy", ["drop", "keep", "offload"])
-@pytest.mark.parametrize("rule", [adamw(), sgd()], ids=lambda rule: rule.name)
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_frozen_stands_still(kind, rule, policy):
+BASES = {"adamw": adamw(), "sgd": sgd()}
+
+
+@pytest.mark.parametrize(("kind", "base", "policy"), covering(KINDS, BASES, ["drop", "keep", "offload"]))
+def test_what_is_frozen_stands_still(kind, base, policy):
+    rule = BASES[base]
     model = llama(3)
     params = dict(model.named_parameters())
     masks = KINDS[kind](params)
@@ -197,9 +201,9 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[2]) if ".layers." in name else None
 
 
-@pytest.mark.parametrize("policy", ["drop", "keep", "offload"])
-@pytest.mark.parametrize("replacement", [False, True], ids=["traversal", "lisa"])
-@pytest.mark.parametrize("rising", [0, 3])
+@pytest.mark.parametrize(
+    ("replacement", "policy", "rising"), covering([False, True], ["drop", "keep", "offload"], [0, 3])
+)
 def test_steps_are_those_of_torch_with_gradients_switched_on_and_off(replacement, policy, rising):
     model, reference = llama(4), llama(4)
     params = dict(model.named_parameters())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.models import batches, copied, llama
 from helpers.subspace import LR, PERIOD, hypers, make, randn, run
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from optimizers.rules.sgd import sgd
 from optimizers.wrappers.rso import SHARED, rso
 from tools.generate import load_model
 
-each_form = pytest.mark.parametrize("form", ["merged", "products"])
+FORMS = ["merged", "products"]
+each_form = pytest.mark.parametrize("form", FORMS)
 
 
 # The optimizer.
@@ -63,8 +65,7 @@ def test_bf16_weights_move_by_less_than_they_resolve(form):
         assert moved(False).eq(1).all(), "to nearest, every step is lost"
 
 
-@each_form
-@pytest.mark.parametrize("share", [(), SHARED], ids=["separate", "shared"])
+@pytest.mark.parametrize(("form", "share"), covering(FORMS, [(), SHARED]))
 def test_a_checkpoint_in_the_middle_of_a_period_goes_on_bitwise(tmp_path, form, share):
     straight = make(llama(2), form, options={"share": share})
     run(straight, 4 * PERIOD - 1)
