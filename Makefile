@@ -7,6 +7,9 @@ READY  := $(VENV)/.ready
 DEMO   ?=
 WORKERS ?= auto
 
+# To read a test and rewrite its asserts takes longer than to run it: that is kept, also where no bytecode is asked for.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+
 .PHONY: help demo quick test slow lint docs clean
 .DEFAULT_GOAL := help
 
@@ -17,13 +20,13 @@ demo: $(READY)   ## Train a small model with SUMO, SNSM and AdamW, in about 5 mi
 	$(BIN)/python -m recipes.demo $(DEMO)
 
 quick: $(READY)  ## Run the tests of the inner loop in about a minute: nothing that compiles, trains a run or starts a process
-	$(BIN)/python -m pytest -q -m "not slow and not run and not compiles" -n $(WORKERS) --dist worksteal
+	$(PYTEST) -q -m "not slow and not run and not compiles" -n $(WORKERS) --dist worksteal
 
 test: $(READY)   ## Run the tests without the slow ones, in about 6 minutes on two cores
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+	$(PYTEST) -q -n $(WORKERS) --dist worksteal
 
 slow: $(READY)   ## Run the slow tests alone, in about half an hour on two cores
-	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist worksteal
+	$(PYTEST) -q -m slow -n $(WORKERS) --dist worksteal
 
 lint: $(READY)   ## Check style, format and types
 	$(BIN)/ruff check .

@@ -20,7 +20,6 @@ from ..config import RunConfig, step_options
 from ..step.observer import Observer
 from ..step.segments import Batch, Segment
 from ..step.step import Step
-from .graphs import fused
 from .storages import Peak, Tally
 
 CONTEXT = 500 * 2**20  # what a CUDA context and its libraries take beside tensors; an assumption, it differs by device
@@ -112,7 +111,7 @@ def _simulated(
             state,
             key=key,
             observer=_Watching(tally),
-            compiler=lambda function: fused(function, tally),
+            compiler=_counted(tally),
             **step_options(config, device),
         )
         groups = {group.name for group in optimizer.owner.values()}
@@ -134,6 +133,17 @@ def _simulated(
             evaluation = _evaluation(step, tally, batch(config.micro_batch))
             beside |= {"evaluation": evaluation, "saving": _saving(step, tally, config, cuda)}
     return found, beside, fresh
+
+
+def _counted(tally: Tally) -> Callable[[Any], Any]:
+    """What stands in for torch.compile, whose parts load slowly: where nothing compiles they are not needed."""
+
+    def compiler(function: Any) -> Any:
+        from .graphs import fused
+
+        return fused(function, tally)
+
+    return compiler
 
 
 def _evaluation(step: Step, tally: Tally, batch: Batch) -> Peak:

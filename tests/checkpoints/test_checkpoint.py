@@ -62,10 +62,10 @@ def save_example(root, step=1, **trainer):
     return save(root, step, params, state, {"seed": 7, **trainer}, {"model_type": "llama"}, {"optimizer": "sgd"})
 
 
-@given(st.integers(0, 10**9), st.dictionaries(names, tensors(), max_size=4), states, trainers)
-@settings(max_examples=60)
-def test_round_trip_is_bitwise_and_keeps_order(tmp_path_factory, step, params, state, trainer):
-    root = tmp_path_factory.mktemp("run")
+whole = given(st.integers(0, 10**9), st.dictionaries(names, tensors(), max_size=4), states, trainers)
+
+
+def round_trip(root, step, params, state, trainer):
     path = save(root, step, params, state, trainer, {"hidden_size": 8}, {"optimizer": "x", "period": "3"})
     loaded = load(path)
     assert tree({"": loaded.params}) == tree({"": params})
@@ -75,6 +75,19 @@ def test_round_trip_is_bitwise_and_keeps_order(tmp_path_factory, step, params, s
     assert loaded.header == {"optimizer": "x", "period": "3"}
     assert sorted(p.name for p in root.iterdir()) == [path.name]
     assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
+
+
+@whole
+@settings(max_examples=12)
+def test_round_trip_is_bitwise_and_keeps_order(tmp_path_factory, step, params, state, trainer):
+    round_trip(tmp_path_factory.mktemp("run"), step, params, state, trainer)
+
+
+@pytest.mark.slow
+@whole
+@settings(max_examples=200)
+def test_two_hundred_round_trips_are_bitwise(tmp_path_factory, step, params, state, trainer):
+    round_trip(tmp_path_factory.mktemp("run"), step, params, state, trainer)
 
 
 def test_tied_weights_are_stored_once_and_come_back_as_one(tmp_path):
@@ -163,10 +176,11 @@ def test_damage_is_named_and_the_one_before_is_found(tmp_path, kind, file):
     assert [(path, file in why) for path, why in found.damaged] == [(bad, True)]
 
 
-@given(st.sampled_from(FILES), st.integers(0, 10**6), st.integers(0, 7))
-@settings(max_examples=150)
-def test_no_flipped_bit_changes_what_is_loaded(tmp_path_factory, file, at, bit):
-    path = save_example(tmp_path_factory.mktemp("run"), seed=3, config={"lr": 1e-3, "name": "é"})
+a_bit = given(st.sampled_from(FILES), st.integers(0, 10**6), st.integers(0, 7))
+
+
+def flipped(root, file, at, bit):
+    path = save_example(root, seed=3, config={"lr": 1e-3, "name": "é"})
     before = load(path)
     flip(path / file, at % (path / file).stat().st_size, bit)
     try:
@@ -175,6 +189,19 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path_factory, file, at, bit):
         after, why = before, str(error)
     assert after.trainer == before.trainer
     assert file in why or file == "trainer.json", "only the letter case of an escape or exponent may pass"
+
+
+@a_bit
+@settings(max_examples=40)
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path_factory, file, at, bit):
+    flipped(tmp_path_factory.mktemp("run"), file, at, bit)
+
+
+@pytest.mark.slow
+@a_bit
+@settings(max_examples=400)
+def test_none_of_four_hundred_flipped_bits_changes_what_is_loaded(tmp_path_factory, file, at, bit):
+    flipped(tmp_path_factory.mktemp("run"), file, at, bit)
 
 
 def test_files_of_another_checkpoint_do_not_pass(tmp_path):

@@ -347,6 +347,7 @@ def mutate(base: Base, folder: Path, count: int, seed: int) -> dict[str, int]:
     return refused
 
 
+@pytest.mark.run
 def test_a_hundred_mutated_checkpoints(base, tmp_path):
     refused = mutate(base, tmp_path, 50, seed=1)
     assert all(count >= 40 for count in refused.values()), refused
@@ -359,6 +360,7 @@ def test_two_thousand_mutated_checkpoints(base, tmp_path):
     assert all(count > 800 for count in refused.values()), refused
 
 
+@pytest.mark.run
 def test_the_comparison_sees_a_bit(base):
     """Of what the resumed run holds: the check above, checked to fail."""
     truth = base.truths["resume"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.finetuning import folder
+from helpers.grids import few
 from helpers.runs import tool
 
 from engine.data.chat.show import written
@@ -54,7 +55,7 @@ def test_what_chat_refuses(tmp_path: Path) -> None:
     assert done.code == 2 and "has no chat template" in done.err
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral, sliding", "smollm3"])
+@pytest.mark.parametrize("family", few(["qwen3", "mistral, sliding", "smollm3"], "mistral, sliding"))
 def test_answers_together_are_those_alone(tmp_path: Path, family: str) -> None:
     model = weights.load(folder(tmp_path, family) / "model")
     prompts = [[5, 9, 17], [200, 3, 3, 8, 41, 7, 250], [11, 12, 13, 14], list(range(100, 162))]

@@ -314,6 +314,7 @@ def test_tables_fit_the_terminal(run, width):
     assert len(values) == 2 * len(rows) + 3 + len(one.measures), "each once"
 
 
+@pytest.mark.run
 def test_a_page_is_drawn(run, capsys, tmp_path):
     code, out, _ = call(capsys, run, "--png", tmp_path / "page.png", "--compare", run / "step-00000012")
     assert code == 0 and out.endswith("page.png\n")

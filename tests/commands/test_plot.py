@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from helpers.grids import few
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,7 +69,7 @@ def test_labels_do_not_overlap_and_keep_their_order(heights):
         assert got == pytest.approx(heights)
 
 
-@pytest.mark.parametrize("curves", [1, 3, 11])
+@pytest.mark.parametrize("curves", few([1, 3, 11], 3))
 def test_a_picture_comes_out_and_no_global_state_is_left(tmp_path, curves):
     steps = list(range(100))
     series = {f"run {i}": (steps, [3 + i + math.sin(s) + 50 / (1 + s) for s in steps]) for i in range(curves)}

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+from helpers.grids import covering, few
 from rich.console import Console, RenderableType
 
 from engine.inspection.receipt import receipt
@@ -47,8 +48,7 @@ def printed(thing: RenderableType, width: int) -> str:
     return narrow(lambda console: console.print(thing), width)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize(("line", "width"), covering(LINES, WIDTHS))
 def test_the_receipt(line: str, width: int) -> None:
     run = build(parsed(line.split(), "--line"), 32000)
     said = printed(receipt(run.optimizer, run.params, run.optimizer.init(run.params)), width)
@@ -85,7 +85,7 @@ def test_the_plan(width: int) -> None:
         assert f"{n:,}" in said and f"{n / 2**30:.3f}" in said and f"{n / total:.1%}" in said
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", few(WIDTHS, 60))
 def test_the_inspector(width: int) -> None:
     run = build(parsed(["snsm", "1b", "--model", "7b", "--rank", "1024"], "--line"), 32000)
     seen = inspect_fresh("a recipe", run.params, run.optimizer, "layers.(0|31).")

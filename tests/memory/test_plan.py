@@ -209,6 +209,7 @@ def test_a_copy_that_is_written_in_the_background_is_memory_of_the_cpu():
     assert sum(two.kinds.values()) == two.bytes and two.kinds["copy for the disk"] > 0
 
 
+@pytest.mark.run
 def test_on_cuda_storages_are_rounded_and_the_context_is_counted():
     config = settings(1, 8, compile="off")
     made = lambda: built("adamw", TINY, sequence=config.sequence)  # noqa: E731

@@ -12,6 +12,7 @@ from engine.step.step import Step
 from engine.tasks.conversations import blank
 
 
+@pytest.mark.run
 def test_packed_rows_are_planned() -> None:
     config = settings(8, 32, compile="off")
     gc.collect()

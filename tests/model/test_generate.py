@@ -122,9 +122,9 @@ def test_draws_follow_the_probabilities():
     model = Llama(replace(TINY, vocab_size=4, initializer_range=0.5))
     with torch.no_grad():
         p = probabilities(model(torch.tensor([[1]]))[0, -1], temperature=0.7, top_k=3)
-    draws = [next(generate(model, [1], 1, temperature=0.7, top_k=3, seed=s)) for s in range(600)]
-    shares = torch.bincount(torch.tensor(draws), minlength=4) / 600
-    assert (shares - p).abs().max() < 0.07  # 3.4 standard deviations of the widest
+    draws = [next(generate(model, [1], 1, temperature=0.7, top_k=3, seed=s)) for s in range(300)]
+    shares = torch.bincount(torch.tensor(draws), minlength=4) / 300
+    assert (shares - p).abs().max() < 0.1  # 3.4 standard deviations of the widest
     assert set(draws) <= set(p.nonzero().flatten().tolist())
 
 

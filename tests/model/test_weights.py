@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.families import FAMILIES, config_of, wide
+from helpers.grids import few
 from safetensors.torch import load_file, save_file
 
 from engine.memory import counted_peak
@@ -33,7 +34,7 @@ def assert_same(got: Decoder, expected: Decoder) -> None:
         assert p.dtype == named[name].dtype and p.equal(named[name]), name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES, "llama, scaled", "qwen3, sliding", "smollm3"))
 def test_written_and_read_is_bitwise_the_same(tmp_path: Path, name: str) -> None:
     model = wide(config_of(name))
     for largest in (2**40, 10_000):
@@ -72,8 +73,14 @@ def test_shards_are_no_larger_than_asked(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == 4 * model.num_parameters()
 
 
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kept", "asked"),
+    [
+        (torch.float32, torch.bfloat16),
+        *(pytest.param(kept, torch.float32, marks=pytest.mark.slow) for kept in (torch.float32, torch.bfloat16)),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_there_is_never_a_second_copy(tmp_path: Path, kept: torch.dtype, asked: torch.dtype) -> None:
     """Not even of the largest tensor, which is most of this model."""
     config = replace(SMALL, vocab_size=120_000, hidden_size=64, tie_word_embeddings=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.grids import few
 from helpers.runs import Done, here, refused, tool
 from rich.console import Console
 
@@ -168,11 +169,11 @@ def test_a_run_s_own_metric_is_read_from_its_metrics(tmp_path: Path, corpus: Pat
     assert again.code == 2 and "eval/perplexity" in again.err
 
 
-def test_methods_are_read_before_the_first_trains(tmp_path: Path) -> None:
-    for wrong in ("nosuch", "baseline --rnk 3", "snsm demi", "omgd toy"):
-        done = tool(tmp_path, f'recipes.compare out --methods "a @ 1e-3 = baseline" "b @ 1 = {wrong}"')
-        line = refused(done, 2)
-        assert line.startswith("error: --methods: ") and not (tmp_path / "out").exists(), line
+@pytest.mark.parametrize("wrong", few(["nosuch", "baseline --rnk 3", "snsm demi", "omgd toy"], "baseline --rnk 3"))
+def test_methods_are_read_before_the_first_trains(tmp_path: Path, wrong: str) -> None:
+    done = tool(tmp_path, f'recipes.compare out --methods "a @ 1e-3 = baseline" "b @ 1 = {wrong}"')
+    line = refused(done, 2)
+    assert line.startswith("error: --methods: ") and not (tmp_path / "out").exists(), line
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -232,6 +232,7 @@ def test_another_optimizer_goes_on_unless_the_run_has_ended_early(tmp_path: Path
     assert max(step for step, _ in column(tmp_path / "early", "eval/loss")) < 4
 
 
+@pytest.mark.run
 def test_a_plan_needs_the_shape_of_a_model_and_a_run_its_weights(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "shape").mkdir()

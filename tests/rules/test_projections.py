@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.matrices import decaying, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,8 +44,7 @@ def test_projections_are_orthogonal(kind, shape):
     assert projections.down(g, q).shape[projections.compressed(kind, g)] == 5
 
 
-@pytest.mark.parametrize("kind", ["random", "srht", "uniform"])
-@pytest.mark.parametrize("shape", [(16, 32), (40, 24), (12, 12)])
+@pytest.mark.parametrize(("kind", "shape"), covering(["random", "srht", "uniform"], [(16, 32), (40, 24), (12, 12)]))
 def test_random_projections_hold_their_share_of_energy(kind, shape):
     """r / m on average, also of a matrix with all its energy in one entry."""
     spike = torch.zeros(shape)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.grids import covering
+from helpers.grids import covering, few
 
 from engine.data import read_index
 from engine.data.files import find
@@ -203,14 +203,20 @@ MALFORMED: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_row_is_named_or_left_out_and_counted(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_malformed_row_is_named(tmp_path: Path, name: str) -> None:
     file, content, message = MALFORMED[name]
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UsageError, match=rf"{file}, {message}") as error:
         list(documents(tmp_path / file))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", few(MALFORMED, "parquet null", "parquet list", "no JSON", "json null", "csv short"))
+def test_a_malformed_row_is_refused_or_left_out_and_counted(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, content, _ = MALFORMED[name]
+    (tmp_path / file).write_bytes(content)
     (tmp_path / "good.txt").write_text("good text\n" * 50)
     arguments = [str(tmp_path / "out"), "--data", str(tmp_path / file), str(tmp_path / "good.txt")]
     assert main(arguments) == 2 and capsys.readouterr().err.count("\n") == 1

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -397,10 +396,9 @@ def test_prepared_data_is_not_asked_for_something_else(corpus: Path, tmp_path: P
             cached(tmp_path / "cache", request)
 
 
-def test_the_standard_library_takes_seconds(tmp_path: Path) -> None:
-    begin = time.monotonic()
+@pytest.mark.run
+def test_the_standard_library_is_prepared_unless_data_is_named(tmp_path: Path) -> None:
     out = prepare(tmp_path / "out", Request())
-    assert time.monotonic() - begin < 20  # about one on two slow cores
     assert len(Tokens(out)) > 3e6 and len(Tokens(out, "validation")) > 1e4
 
 
