@@ -1,6 +1,6 @@
 """What every test shares: threads, a compiler's cache for each kind of CPU code, nothing left over from another test.
 
-The markers: `compiles` (torch.compile with inductor or aot), `run` (a process, a training run, or seconds of its own), `slow`.
+The markers: `compiles` (torch.compile, inductor or aot), `run` (a process, a training run, seconds of its own), `slow`.
 What has none of them runs in `make quick`.
 """
 
