@@ -203,6 +203,15 @@ class Optimizer(ABC):
         now = {name for name in params if trains(state, name)}  # even without slots; a mask takes the entry away
         return {n: p for n, p in params.items() if n in now}, {n: p for n, p in params.items() if n not in now}
 
+    @property
+    def singly(self) -> frozenset[str]:
+        """The parameters that train or rest each by itself, whatever others of their segment do.
+
+        Of these, and of those that stand for them, compiled code has the gradients of all or of none of a segment, and
+        moves each by a kernel of its own: otherwise every set that trains would be compiled anew.
+        """
+        return frozenset()
+
     def parameter_of(self, trained: str) -> str:
         """The parameter that is moved by the gradient of what `split` calls `trained`."""
         return trained

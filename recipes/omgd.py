@@ -133,11 +133,6 @@ class Pretrain(TrainConfig):
                         f"--choose norms: got --{name} {got}, expected {value}: layers are drawn by their norms, and "
                         "there is no cycle"
                     )
-        if self.by == "tensors" and self.compile != "off":
-            raise UsageError(
-                f"--by tensors: got --compile {self.compile}, expected off: every set of tensors that train inside a "
-                "segment would be compiled anew"
-            )
 
 
 def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Choice:

@@ -112,6 +112,7 @@ class Chain:
                 forward = _make_forward(caller, compute_dtype)
                 self.forwards[kind] = compiler(forward) if compiler else forward
         self.train()
+        self.resting: frozenset[str] = frozenset()  # whose gradients are computed beside others', and let go at once
         buffers = [dict(segment.module.named_buffers()) for segment in segments]
         full = [_state_names(segment) for segment in segments]
         self.constant = [{n: b for n, b in own.items() if n not in full[i]} for i, own in enumerate(buffers)]
@@ -182,7 +183,7 @@ class Chain:
     ) -> tuple[Tensor | None, Params]:
         """Gradients of segment i with respect to its input x (a leaf, or None) and to its trainable parameters.
 
-        A parameter that the output does not depend on has none, as in plain PyTorch.
+        A parameter that the output does not depend on has none, as in plain PyTorch; nor has one that is `resting`.
         """
         trainable = {n: params[n] for n in dict.fromkeys(self.segments[i].names.values()) if params[n].requires_grad}
         below = [x] if x is not None and x.requires_grad else []
@@ -196,10 +197,10 @@ class Chain:
             gx = grads.pop(0) if below else None
             if below and gx is None:
                 gx = torch.zeros_like(below[0])
-            found = {name: own for name, own in zip(trainable, grads, strict=True) if own is not None}
         self.observer.made("residual stream", [gx])
-        self.observer.made("gradients", found.values())
-        return gx, found
+        self.observer.made("gradients", grads)
+        found = zip(trainable, grads, strict=True)
+        return gx, {name: own for name, own in found if own is not None and name not in self.resting}
 
     def head(self, params: Params, x: Tensor | None, batch: Batch, scale: Tensor, alone: bool = True) -> Head:
         """Loss and gradients of the last segment, a slice of tokens at a time, so that not all logits exist at once.

@@ -82,6 +82,7 @@ class Step:
         self.chain = Chain(segments, self.compiler, compute_dtype, logits, draws, self.observer)
         self.buffers = self.chain.state  # those that are state, by full names: saved with the parameters
         self.params, self.optimizer, self.state = params, optimizer, state
+        self.singly = optimizer.singly
         shown = self.tensors()
         if set(self.chain.names) != shown.keys():
             raise UsageError(
@@ -121,6 +122,7 @@ class Step:
         """
         step = self.count if step is None else step
         trainable, frozen = self._seen()
+        self.chain.resting = frozenset(name for name, p in frozen.items() if p.requires_grad)
         update = _Update(self, trainable, self._hypers(hypers or {}), step)
         run = backward.recomputed if self.recompute else backward.stored
         self.chain.train()
@@ -132,14 +134,29 @@ class Step:
     def _seen(self) -> tuple[Params, Params]:
         """The tensors that train now and those that do not, by the names that the segments use.
 
-        They are aliases: flags of the user's own parameters stay as they are.
+        They are aliases: flags of the user's own parameters stay as they are. Those of the latter that `_resting` names
+        ask for gradients too.
         """
         trainable, frozen = self.optimizer.split(self.params, self.state)
         held = {name for name in trainable if name in self.params and name not in self.optimizer.owner}
+        still = {**frozen, **{name: trainable[name] for name in held}}
+        moving = {name: p for name, p in trainable.items() if name not in held}
+        resting = self._resting(moving, still) if self.compiler and self.singly else ()
         return (
-            {name: p.detach().requires_grad_() for name, p in trainable.items() if name not in held},
-            {name: p.detach() for name, p in {**frozen, **{name: trainable[name] for name in held}}.items()},
+            {name: p.detach().requires_grad_() for name, p in moving.items()},
+            {name: p.detach().requires_grad_(name in resting) for name, p in still.items()},
         )
+
+    def _resting(self, trainable: Params, frozen: Params) -> set[str]:
+        """What rests singly in segments in which something trains, by the names that have the gradients. A tied tensor
+        is not among them where another segment that has it rests altogether."""
+        stood_for = {self.optimizer.parameter_of(name) for name in frozen if name not in self.params}
+        idle: set[str] = set()
+        for segment in self.chain.segments:
+            names = segment.names.values()
+            if not any(name in trainable for name in names):
+                idle |= set(names)
+        return {n for n in frozen if self.optimizer.parameter_of(n) in self.singly and n not in stood_for | idle}
 
     def _hypers(self, given: Mapping[str, Hyper]) -> Mapping[str, Hyper]:
         if odd := given.keys() - self.hypers.keys():
@@ -251,7 +268,14 @@ class _Update:
                     self.refreshed.append(ok)
                 if name in self.missing:
                     self.step.missing.watch(name, state[name])
-        owner = self.step.optimizer.owner
+        alone = [t for t, name in zip(grads, names, strict=True) if name in self.step.singly]
+        together = {trained: g for trained, g in grads.items() if trained not in alone}
+        for part in ([together] if together else []) + [{trained: grads[trained]} for trained in alone]:
+            self._apply(part)
+
+    def _apply(self, grads: Params) -> None:
+        """Move these parameters by one kernel."""
+        names, state, owner = self.step.moved(grads), self.step.state, self.step.optimizer.owner
         held, hypers = [state[name] for name in names], [self.hypers[owner[name].name] for name in names]
         params = [self.step.params[name].detach() for name in names]
         kernel = self.step.kernel(tuple(names))

@@ -69,6 +69,11 @@ class Omgd(Wrapper):
     def shared(self) -> Mapping[str, tuple[Slot, ...]]:
         return {**self.base.shared, **({self.key: self.masks.slots} if self.masks.slots else {})}
 
+    @property
+    def singly(self) -> frozenset[str]:
+        own = frozenset(self.grouped) if self.masks.groups.kind == "tensors" else frozenset[str]()
+        return self.base.singly | own
+
     def init(self, params: Params, step: int = 0, shared: State | None = None) -> State:
         shared = dict(shared or {})
         if self.masks.slots and self.key not in shared:
@@ -223,7 +228,8 @@ def omgd(
     "keep" and "offload" (to the host) hold a frozen tensor's slots as `Parked` ones, all of them from the start.
     A basis that is fresh, or fell due while its tensor was frozen, is rebuilt at the tensor's first step.
 
-    Inside a segment every set of active tensors is a graph of its own: compile layers and coordinates, not tensors.
+    Of tensors, compiled code computes the gradients of a whole segment where one of them trains, and throws away those
+    of the others: see `Optimizer.singly`.
     Raises UsageError for what cannot be combined, and names the tensor that a rule cannot serve.
     """
     if isinstance(masks, NormMasks) and scale_mode != "none":

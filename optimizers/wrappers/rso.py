@@ -71,7 +71,10 @@ class Rso(Wrapper):
             stem, zero = name.removesuffix("weight"), w.detach().new_zeros(())
             b = zero.expand(w.shape[0], self.rank)
             if not trains(state, name):  # frozen by a mask, with its product merged
-                frozen |= {name: w, f"{stem}P": zero.expand(w.shape[1], self.rank), f"{stem}B": b}
+                p = zero.expand(w.shape[1], self.rank)
+                if name in self.base.singly:  # beside others that train: laid out as they are, or compiled apart
+                    p, b = p.contiguous(), b.contiguous() if self.form == "products" else b
+                frozen |= {name: w, f"{stem}P": p, f"{stem}B": b}
                 continue
             slots = state[name]
             frozen |= {name: w, f"{stem}P": slots["P"]}

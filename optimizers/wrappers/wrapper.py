@@ -30,6 +30,10 @@ class Wrapper(Optimizer):
     def split(self, params: Params, state: State) -> tuple[Params, Params]:
         return self.base.split(params, state)
 
+    @property
+    def singly(self) -> frozenset[str]:
+        return self.base.singly
+
     def parameter_of(self, trained: str) -> str:
         return self.base.parameter_of(trained)
 

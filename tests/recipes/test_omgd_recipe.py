@@ -67,7 +67,6 @@ def test_a_run_says_what_its_masks_give_up(tmp_path):
     assert "samples are not paired" not in whole.err and "the run ends 20 steps into a cycle" in whole.err
     for flags, says in (
         ("--active 5", "active: got 5 of 4 layers"),
-        ("--by tensors", "expected off"),
         ("--period 3", "expected a whole number and a unit"),
         ("--order joint", "expected 'keep'"),
         ("--by coordinates --over muon", "muon needs a matrix"),

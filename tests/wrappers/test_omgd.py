@@ -248,8 +248,32 @@ def test_a_change_of_mask_never_recompiles(recompute, traced):
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize(
+    ("recompute", "tied"),
+    [(False, False), *(pytest.param(*case, marks=slow) for case in ((True, False), (True, True)))],
+)
+def test_sets_of_tensors_share_the_graphs_of_their_segments(recompute, tied, traced):
+    """A forward for all gradients of a segment and one for none, which without gradients at all (below what trains, or
+    with recompute) is another. An update for each shape. A tied matrix is in two segments, so a head may lack it."""
+    model = llama(3, tied)
+    params = dict(model.named_parameters())
+    masks = traversal(tensors(params), KEY, keep=0.3, period=1)
+    optimizer = omgd(everything(params, sgd()), params, masks, turn_warmup=2)
+    step = make(model, optimizer, mode="segments", recompute=recompute)
+    torch._dynamo.reset()
+    counters.clear()
+    sets = set()
+    for i in range(24):
+        run(step, i, i + 1)
+        sets |= {tuple(trains(step.state, n) for n in params if f".layers.{layer}." in n) for layer in range(3)}
+    assert len(sets) > 40
+    forwards = {"embed": 2 + recompute, "block": 3 + recompute, "head": 2 + tied}
+    assert graphs() <= sum(forwards.values()) + len({p.shape for p in params.values()})
+
+
+@pytest.mark.compiles
 @slow
-@pytest.mark.parametrize("kind", ["layers", "coordinates"])
+@pytest.mark.parametrize("kind", ["layers", "tensors", "coordinates"])
 def test_compiled_equals_uncompiled(kind):
     ends = []
     for mode in ("off", "segments"):

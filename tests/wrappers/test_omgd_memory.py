@@ -9,10 +9,12 @@ from torch import Tensor
 from engine.memory import counted_peak
 from engine.step import backward
 from engine.step.step import Step
+from optimizers.contract import state_bytes
 from optimizers.rules.adamw import adamw
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import (
     Groups,
+    tensors,
     traversal,
 )
 
@@ -77,3 +79,28 @@ def test_no_backward_below_the_lowest_segment_that_trains():
         assert lowest == (step.chain.last if masks.active(i) == (0,) else 0)
     assert peaks[head] < 0.3 * peaks[rest]
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_of_tensors_that_rest_are_let_go_before_the_next_segment(recompute):
+    """State is that of what trains; of two micro-batches, too, no gradient is held but of that."""
+    model = llama(3, **SIZES)
+    params = dict(model.named_parameters())
+    masks = traversal(tensors(params, balance="numel"), KEY, keep=0.5, period=1)
+    optimizer = omgd(everything(params, adamw()), params, masks)
+    step = make(model, optimizer, mode="segments", recompute=recompute, compiler=lambda function: function)
+    trainable, _ = optimizer.split(step.params, step.state)
+    asked = {name for name, p in step.tensors().items() if p.requires_grad}
+    assert asked > set(trainable) and len(asked) > 1.5 * len(trainable)
+    used, into_each = backward.accumulate, list[set[str]]()
+
+    def accumulate(into, more, *rest):
+        used(into, more, *rest)
+        into_each.append(set(into))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "accumulate", accumulate)
+        result = step([*text(1), *text(1)], hypers(optimizer, 0), 0)
+    seen = {name for names, _ in result.squares for name in names}
+    assert seen == set(trainable) == set().union(*into_each)
+    assert held(step) < 0.55 * sum(map(state_bytes, everything(params, adamw()).init(params).values()))
