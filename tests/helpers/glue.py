@@ -70,19 +70,8 @@ def tasks(folder: Path, train: int = 40, held_out: int = 11) -> Path:
         marked = [["x", str(int("not" not in b)), "*" * (i % 2), b] for i, (_, b) in enumerate(rows)]
         _tsv(folder / f"CoLA/{name}.tsv", [], marked)
         scored = [[str(i), "g", "f", "y", "0", "s", "s", a, b, f"{b.count('e'):.3f}"] for i, (a, b) in enumerate(rows)]
-        header = [
-            "index",
-            "genre",
-            "filename",
-            "year",
-            "old_index",
-            "source1",
-            "source2",
-            "sentence1",
-            "sentence2",
-            "score",
-        ]
-        _tsv(folder / f"STS-B/{name}.tsv", header, scored)
+        header = ["index", "genre", "filename", "year", "old_index", "source1", "source2"]
+        _tsv(folder / f"STS-B/{name}.tsv", [*header, "sentence1", "sentence2", "score"], scored)
     return folder
 
 
