@@ -3,6 +3,7 @@
 python -m recipes.baseline                                              the demo, on the standard library's sources
 python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
 python -m recipes.baseline --optimizer galore --help                    its options among the flags
+python -m recipes.baseline glue --task rte --init MODEL --data FOLDER   fine-tune an encoder on a task of GLUE
 """
 
 import re
@@ -19,6 +20,7 @@ from optimizers.wrappers.traversal import duration, traversal
 from . import flags
 from .cli import main
 from .config import MATRICES, Setup, TrainConfig, groups_for
+from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, commands, of_table
 from .train import train
 
 
@@ -50,8 +52,9 @@ class Baseline(TrainConfig):
     """The rule for the matrices of attention and MLP; AdamW trains the rest. Its options are the last flags here.
     lisa: AdamW for all, in a few layers at a time, drawn with replacement (arXiv 2403.17919); embedding, head and last
     norm always train."""
-    match: tuple[str, ...] = (MATRICES,)
-    """Regular expressions on the names of what the rule trains; the rest is AdamW's."""
+    match: tuple[str, ...] = ()
+    """Regular expressions on the names of what the rule trains; the rest is AdamW's. By default the matrices of
+    attention and MLP."""
 
     recipe = "baseline"
 
@@ -78,12 +81,31 @@ class Baseline(TrainConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--match {pattern!r} is no regular expression: {error}") from None
-        if self.match != (MATRICES,) and self.rule().name == "adamw" and self.rest_lr is None:
+        if self.match not in ((), (MATRICES,)) and self.rule().name == "adamw" and self.rest_lr is None:
             raise UsageError("--match: AdamW trains everything here, all at --lr; give --rest-lr, or leave --match out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glue(GlueConfig, Baseline):
+    recipe = "baseline-glue"
+
+    @classmethod
+    def published(cls, task: str) -> Mapping[str, Any]:
+        """Learning rates and batches of OMGD's Table 7 (arXiv 2603.05960), which does not say that they are full
+        fine-tuning's; 30 epochs, rows of 512, and by its code no warm-up, a linear decay, no weight decay."""
+        return of_table(task, OMGD_RATES, OMGD_BATCHES, "arXiv 2603.05960, Table 7,")
+
+
+PRESETS: Mapping[str, tuple[str, Any]] = {
+    "glue": ("Fine-tune a BERT or RoBERTa on a task of GLUE; lr ours, not tuned.", Glue(**HERE, lr=1e-4)),
+}
 
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Baseline:
     """The config that a command line of `program` asks for. Raises UsageError."""
+    if flags.typed(args)[:1] == ["glue"]:
+        found: Glue = flags.parse_presets(commands(PRESETS, args), args, program, __doc__)
+        return found
     return flags.parse(Baseline(), args, program, __doc__)
 
 

@@ -3,13 +3,14 @@
     python -m recipes.omgd toy                     the paper's linear regression: which masks converge at which rate
     python -m recipes.omgd pretrain                a LLaMA, 2 of 6 layers at a time, on the standard library's sources
     python -m recipes.omgd pretrain --optimizer snsm --active 3 --period 1epoch --model 130m --data corpus/*.jsonl.xz
+    python -m recipes.omgd glue --task rte --init MODEL --data FOLDER       a BERT or RoBERTa, on a task of GLUE
     python -m recipes.omgd memory                  what training LLaMA-7B holds, as the paper counts and as this engine
 
 `pretrain --replacement` is LISA (also `python -m recipes.baseline --optimizer lisa`).
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -32,6 +33,7 @@ from optimizers.wrappers.traversal import coordinates, duration, gives_up, layer
 from . import flags, snsm
 from .cli import main
 from .config import MATRICES, Setup, TrainConfig
+from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, commands, of_table
 from .omgd_toy import Toy, toy
 from .train import train
 
@@ -133,6 +135,19 @@ class Pretrain(TrainConfig):
                         f"--choose norms: got --{name} {got}, expected {value}: layers are drawn by their norms, and "
                         "there is no cycle"
                     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glue(GlueConfig, Pretrain):
+    recipe = "omgd-glue"
+
+    @classmethod
+    def published(cls, task: str) -> Mapping[str, Any]:
+        """arXiv 2603.05960. Table 7: learning rates, batches, 30 epochs, rows of 512. Its code: 4 of 12 layers, 2
+        epochs a mask (as Table 6 confirms), AdamW without decay, no warm-up, a linear decay to 0, no clipping, seed
+        42."""
+        own = of_table(task, OMGD_RATES, OMGD_BATCHES, "arXiv 2603.05960, Table 7,")
+        return {**own, "active": 4, "period": "2epoch", "seed": 42}
 
 
 def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Choice:
@@ -247,6 +262,10 @@ def show_memory(config: Memory) -> None:
 COMMANDS: dict[str, tuple[str, Any]] = {
     "toy": (Toy.__doc__ or "", Toy()),
     "pretrain": ("Train a LLaMA with masks over any rule.", Pretrain()),
+    "glue": (
+        "Fine-tune a BERT or RoBERTa on a task of GLUE, 2 layers at a time, an epoch each; lr ours, not tuned.",
+        Glue(**HERE, lr=1e-4, period="1epoch"),
+    ),
     "memory": ("Weights, gradients and optimizer state of training a LLaMA, from its shapes alone.", Memory()),
 }
 
@@ -263,7 +282,7 @@ def run(config: Toy | Pretrain | Memory) -> None:
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Toy | Pretrain | Memory:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    found: Toy | Pretrain | Memory = flags.parse_presets(COMMANDS, args, program, __doc__)
+    found: Toy | Pretrain | Memory = flags.parse_presets(commands(COMMANDS, args), args, program, __doc__)
     return found
 
 

@@ -16,11 +16,15 @@ from .config import TrainConfig
 
 CONFIGS = {  # a recipe's name in a checkpoint -> its module and class
     "baseline": ("baseline", "Baseline"),
+    "baseline-glue": ("baseline", "Glue"),
     "finetune": ("finetune", "Finetune"),
     "omgd": ("omgd", "Pretrain"),
+    "omgd-glue": ("omgd", "Glue"),
     "rso": ("rso", "Rso"),
+    "rso-glue": ("rso", "Glue"),
     "snsm": ("snsm", "Snsm"),
     "sumo": ("sumo", "Sumo"),
+    "sumo-glue": ("sumo", "Glue"),
     "sumo-condition": ("sumo", "Condition"),
 }
 

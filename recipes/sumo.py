@@ -2,6 +2,7 @@
 
     python -m recipes.sumo demo                                    about 3 M parameters, the standard library's sources
     python -m recipes.sumo 60m --data corpus/*.jsonl.xz --tokenizer tokenizer.model
+    python -m recipes.sumo glue --task rte --init MODEL --data FOLDER      a BERT or RoBERTa, on a task of GLUE
     python -m recipes.sumo condition                               condition numbers of the moments while it trains
 
 Of pre-training the paper gives ranks, token counts and GaLore's protocol (C4, sequences of 256, batches of 512 of them,
@@ -27,6 +28,7 @@ from . import flags
 from . import sumo_condition as condition
 from .cli import main
 from .config import TrainConfig, groups_for
+from .glue import HERE, GlueConfig, commands, of_table
 from .train import train
 
 
@@ -45,6 +47,28 @@ class Sumo(TrainConfig):
     @property
     def trains(self) -> str:
         return "" if self.optimizer == "sumo" else self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glue(GlueConfig, Sumo):
+    optimizer: str = "sumo"
+    """The rule for queries, keys, values and the first matrix of an MLP, as the released code has it; AdamW trains the
+    rest. sumo_paper, sumo_release and any other rule can stand in its place; its options are the last flags here."""
+
+    recipe = "sumo-glue"
+    matrices = r"\blayer\.\d+\..*(query|key|value|intermediate\.dense)\.weight$"
+
+    @classmethod
+    def published(cls, task: str) -> Mapping[str, Any]:
+        """arXiv 2505.24749. Tables 10 and 11 (GaLore's): learning rates and a scale of 4 at rank 4, batches, 30 epochs,
+        rows of 512. Its code: which matrices, no warm-up, a linear decay, AdamW's 1e-5 for the rest (constant there,
+        decayed here). Inferred: the gap of 500, GaLore's example."""
+        own = of_table(task, RATES, {"cola": 32}, "arXiv 2505.24749, Table 10,")
+        options = rules.sumo_paper.default(rank=4, update_proj_gap=500, alpha=4.0)
+        return {**own, "rest_lr": 1e-5, "optimizer": "sumo_paper", "options": options}
+
+
+RATES = {"cola": 3.0, "stsb": 1.0, "mrpc": 3.0, "rte": 1.0, "sst2": 1.0, "mnli": 1.0, "qnli": 1.0, "qqp": 1.0}  # 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +123,7 @@ def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int) ->
     )
 
 
-PRESETS = {
+PRESETS: dict[str, tuple[str, Sumo]] = {
     "demo": (
         "About 3 M parameters; lr, rest_lr and gap are ours.",
         Sumo(lr=6e-3, rest_lr=3e-2, options=rules.sumo.default(rank=48, update_proj_gap=50)),
@@ -108,6 +132,10 @@ PRESETS = {
     "130m": ("Rank 256, 20,000 steps.", paper("130m", 256, 20_000)),
     "350m": ("Rank 256, 60,000 steps.", paper("350m", 256, 60_000)),
     "1b": ("Rank 512, 100,000 steps.", paper("1b", 512, 100_000)),
+    "glue": (
+        "Fine-tune a BERT or RoBERTa on a task of GLUE, rank 4; gap and lr ours, not tuned.",
+        Glue(**HERE, lr=1e-4, options=rules.sumo.default(rank=4, update_proj_gap=50)),
+    ),
     "condition": (
         "The demo, measured: condition numbers and spectra of the moments, beside Newton-Schulz's error.",
         Condition(
@@ -119,7 +147,7 @@ PRESETS = {
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Sumo:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    found: Sumo = flags.parse_presets(PRESETS, args, program, __doc__)
+    found: Sumo = flags.parse_presets(commands(PRESETS, args), args, program, __doc__)
     return found
 
 

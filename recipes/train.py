@@ -29,6 +29,8 @@ from .build import Run, build
 from .chat import ChatConfig
 from .config import TrainConfig
 from .conversations import Conversations
+from .glue import GlueConfig
+from .labelled import Labelled
 from .material import Material, Text
 from .plan import planned
 from .registry import trained_by
@@ -68,7 +70,9 @@ def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple
 
 def material_of(config: TrainConfig, console: Console) -> Material:
     """What the run is trained on, read. Raises UsageError."""
-    return Conversations(config, console) if isinstance(config, ChatConfig) else Text(config, console)
+    if isinstance(config, ChatConfig):
+        return Conversations(config, console)
+    return Labelled(config, console) if isinstance(config, GlueConfig) else Text(config, console)
 
 
 def _trained(

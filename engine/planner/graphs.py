@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._functorch.aot_autograd import aot_function
+from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import partition_fn
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .storages import Tally
@@ -26,6 +29,7 @@ INLINE = {  # pointwise, though torch does not tag them so
     aten.full_like, aten.empty, aten.zeros_like, aten.ones_like, aten.arange, aten.scalar_tensor, aten.lift_fresh_copy,
     aten.constant_pad_nd, aten.slice_scatter, aten.select_scatter, aten.copy, aten.repeat, aten.flip, aten.fill,
     aten.new_empty, aten.new_full, aten.new_zeros, aten.tril, aten.triu, prims.convert_element_type, prims.iota,
+    prims.inductor_lookup_seed, prims.inductor_random,
 }  # fmt: skip
 LOOPS = {  # a result of their own, from operands computed on the way
     aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.prod, aten.any, aten.all, aten.argmax,
@@ -48,7 +52,7 @@ def fused(function: Callable[..., Any], tally: Tally) -> Any:
             graphs[key] = aot_function(
                 _flat(function, [Tensor if isinstance(x, Tensor) else x for x in leaves], spec),
                 _compiler(tally),
-                partition_fn=partition_fn,
+                partition_fn=_partition,
                 decompositions=select_decomp_table(),
                 keep_inference_input_mutations=True,
             )
@@ -67,6 +71,12 @@ def _flat(function: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> Cal
         return function(*tree_unflatten([next(rest) if x is Tensor else x for x in leaves], spec))
 
     return flat
+
+
+def _partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+    """torch.compile's partitioner, which makes the seeds of random numbers in the fake mode of the compilation."""
+    with V.set_fake_mode(detect_fake_mode(inputs) or FakeTensorMode()):
+        return partition_fn(joint, inputs, **options)
 
 
 def _compiler(tally: Tally) -> Callable[..., Any]:

@@ -132,7 +132,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], obj
     monkeypatch.setattr(Metrics, "show", shown)
 
 
-def assert_identical(got: Path, expected: Path) -> None:
+def assert_identical(got: Path, expected: Path, unit: str = "tokens") -> None:
     """Weights, state (also that some is not there), position, head and recorded losses of two runs, to the bit."""
     a, b = newest(got), newest(expected)
     flat = [
@@ -143,7 +143,7 @@ def assert_identical(got: Path, expected: Path) -> None:
     for name, t in flat[1].items():
         assert flat[0][name].dtype == t.dtype and flat[0][name].equal(t), name
     assert (a.step, a.header, a.model_config) == (b.step, b.header, b.model_config)
-    for key in ("position", "tokens", "data", "previous_norm"):
+    for key in ("position", unit, "data", "previous_norm"):
         assert a.trainer[key] == b.trainer[key], key
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         assert column(got, name) == column(expected, name), name

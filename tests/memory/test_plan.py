@@ -5,12 +5,16 @@ import resource
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.classifier import classifier, loss
 from helpers.plans import METHODS, TINY, built, precise, predicted, settings
+from torch._subclasses import FakeTensorMode
 
 from engine.config import RunConfig
 from engine.memory import counted_peak
+from engine.planner.graphs import fused
 from engine.planner.plan import Built, plan
+from engine.planner.storages import Tally
 from engine.step.segments import cut
 from engine.step.step import Step
 from engine.tasks.config import LanguageConfig
@@ -228,3 +232,15 @@ def test_billions_of_parameters_are_planned_without_them():
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert found.weights > 2.5 * 2**30
     assert grown < 2**30
+
+
+@pytest.mark.compiles
+def test_dropout_can_be_planned() -> None:
+    """What it keeps for backward is one mask of bytes at most: its numbers are drawn where they are used."""
+    tally = Tally(lambda n: n)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(64, 64, requires_grad=True)
+        with tally, tally.doing("forward", "activations"):
+            out = fused(lambda x: F.dropout(x.relu(), 0.5), tally)(x)
+        assert out.shape == x.shape and out.requires_grad
+    assert 64 * 64 * 4 <= tally.peaks()["forward"].bytes <= 64 * 64 * (4 + 1 + 1) + 64
