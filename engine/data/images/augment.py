@@ -1,0 +1,76 @@
+"""What training makes of an image: crops and reflections, each a pure function of (key, epoch, number of the row)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from optimizers.random import Key, fold
+
+Augment = Literal["none", "flip", "crop-flip", "resized-crop-flip"]
+KINDS = ("none", "flip", "crop-flip", "resized-crop-flip")
+NORMS = {  # mean and standard deviation of a channel
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def augmented(pixels: Tensor, kind: Augment, rows: Sequence[tuple[int, int]], key: Key, padding: int = 4) -> Tensor:
+    """Pixels uint8 (n, channels, h, w), of which `rows` gives (epoch, number): as many of the same size.
+
+    "flip" reflects half of them from left to right; "crop-flip" also takes a crop of the image padded with zeros;
+    "resized-crop-flip" a crop of 8 to 100 % of its area, its sides in a ratio of 3/4 to 4/3, resized.
+    """
+    if kind == "none":
+        return pixels
+    draws = [fold(key, *row) for row in rows]
+    if kind == "crop-flip":
+        pixels = _cropped(pixels, draws, padding)
+    elif kind == "resized-crop-flip":
+        pixels = torch.stack([_resized(image, draw) for image, draw in zip(pixels, draws, strict=True)])
+    flipped = torch.tensor([draw & 1 for draw in draws], dtype=torch.bool)[:, None, None, None]
+    return torch.where(flipped, pixels.flip(3), pixels)
+
+
+def _cropped(pixels: Tensor, draws: Sequence[int], padding: int) -> Tensor:
+    """Each image moved by up to `padding` pixels, zeros where it was not."""
+    n, _, h, w = pixels.shape
+    places = 2 * padding + 1
+    top = torch.tensor([(draw >> 1) % places for draw in draws])[:, None] + torch.arange(h)
+    left = torch.tensor([(draw >> 24) % places for draw in draws])[:, None] + torch.arange(w)
+    padded = F.pad(pixels, (padding,) * 4)
+    return padded[torch.arange(n)[:, None, None], :, top[:, :, None], left[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _resized(image: Tensor, draw: Key) -> Tensor:
+    """A crop of random area and ratio, as large as the image; the largest square in the middle where none fits."""
+    _, h, w = image.shape
+    for attempt in range(10):
+        area, ratio, y, x = (fold(draw, attempt, name) / 2**63 for name in ("area", "ratio", "y", "x"))
+        size, shape = (0.08 + 0.92 * area) * h * w, (4 / 3) ** (2 * ratio - 1)
+        rows, columns = round((size / shape) ** 0.5), round((size * shape) ** 0.5)
+        if 0 < rows <= h and 0 < columns <= w:
+            top, left = int(y * (h - rows + 1)), int(x * (w - columns + 1))
+            return resized(image[None, :, top : top + rows, left : left + columns], (h, w))[0]
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    return resized(image[None, :, top : top + side, left : left + side], (h, w))[0]
+
+
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (n, channels, h, w) -> uint8 of another size, bilinear, smoothed where it shrinks."""
+    if tuple(pixels.shape[2:]) == size:
+        return pixels
+    found = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return found.round().clamp(0, 255).to(torch.uint8)
+
+
+def normalized(pixels: Tensor, norm: str) -> Tensor:
+    """uint8 -> float32, each channel less its mean over its deviation; of one channel the mean of three's."""
+    mean, deviation = (torch.tensor(values) for values in NORMS[norm])
+    if pixels.shape[1] == 1:
+        mean, deviation = mean.mean()[None], deviation.mean()[None]
+    return (pixels.float() / 255 - mean[:, None, None]) / deviation[:, None, None]
