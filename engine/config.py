@@ -30,13 +30,17 @@ class RunConfig:
     """Steps of linear warm-up after the optimizer was swapped: the new one's first steps are its least informed."""
     schedule: Kind = "cosine"
     """Shape of the learning rate after the warm-up. wsd (warm-up, stable, decay) stays at the peak and falls along a
-    line at the end."""
+    line at the end; multistep is multiplied by --gamma at each of the --milestones."""
     floor: float = 0.1
     """Fraction of the peak learning rate at which the decay ends."""
     decay_steps: int | None = None
     """Cosine and linear: the step at which the decay ends, by default the last. Give the number of steps that a run
     had, and lengthening it with --steps does not raise its rate. wsd: how many of the last steps decay, by default a
     tenth; a checkpoint from before the decay can be trained on for as long as you like."""
+    milestones: tuple[float, ...] = ()
+    """multistep: shares of the steps, such as 0.5 0.75, at each of which the learning rate falls."""
+    gamma: float = 0.1
+    """multistep: what the learning rate is multiplied by there."""
     clip: Clip = "none"
     """Gradient clipping: each tensor's norm; the global norm, for which all gradients must exist at once; or by what
     the previous step's global norm asks for, which costs no memory."""

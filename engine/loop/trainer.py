@@ -37,7 +37,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, step: Step, task: Task, out: Path) -> None:
         self.config, self.step, self.task, self.out = config, step, task, out
-        self.schedule = Schedule(config.steps, config.warmup_steps, config.schedule, config.floor, config.decay_steps)
+        shape = config.schedule, config.floor, config.decay_steps, config.milestones, config.gamma
+        self.schedule = Schedule(config.steps, config.warmup_steps, *shape)
         self.groups = {group.name: group for group in step.optimizer.owner.values()}
         self.hypers: dict[str, Hyper] = {
             name: {key: torch.zeros((), device=step.device) for key in ("lr", "weight_decay")} for name in self.groups

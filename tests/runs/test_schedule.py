@@ -46,6 +46,13 @@ def test_known_points():
     assert factor(50, 100, kind="constant", floor=0.3) == 1
 
 
+def test_multistep_falls_at_its_milestones():
+    """As torch's MultiStepLR: from the step on that is the milestone."""
+    schedule = Schedule(20, 2, "multistep", milestones=(0.5, 0.75), gamma=0.1)
+    values = [schedule.factor(step) for step in (0, 1, 2, 9, 10, 14, 15, 19, 25)]
+    assert values == pytest.approx([0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.01])
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -55,6 +62,12 @@ def test_known_points():
         ({"steps": 10, "floor": 1.5}, "floor .* got 1.5"),
         ({"steps": 10, "kind": "cosin"}, "kind .* got 'cosin'"),
         ({"steps": 10, "kind": "wsd", "decay": 0}, "decay-steps .* got 0"),
+        ({"steps": 10, "kind": "multistep"}, "milestones: got none with the schedule 'multistep'; give some"),
+        ({"steps": 10, "milestones": (0.5,)}, r"milestones: got \[0.5\] with the schedule 'cosine'; it has none; leave"),
+        ({"steps": 10, "kind": "multistep", "milestones": (0.7, 0.5)}, "milestones: .* ascending"),
+        ({"steps": 10, "kind": "multistep", "milestones": (0.7,), "gamma": 0.0}, "gamma .* got 0.0"),
+        ({"steps": 10, "gamma": 0.5}, "gamma: got 0.5 with the schedule 'cosine', which has no milestones"),
+        ({"steps": 10, "kind": "multistep", "milestones": (0.7,), "decay": 5}, "decay-steps: got 5, but a multistep"),
         ({"steps": 10, "kind": "wsd", "warmup": 4, "decay": 7}, r"decay-steps must lie in \[1, 6\].* got 7"),
         ({"steps": 10, "kind": "linear", "warmup": 4, "decay": 4}, "decay-steps.*warmup=4, got 4"),
         ({"steps": 10, "kind": "cosine", "decay": 1}, "decay-steps.* got 1"),

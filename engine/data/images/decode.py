@@ -15,8 +15,9 @@ def decoded(file: BinaryIO | Path, name: str, side: int = 0) -> Tensor:
     """The pixels of an image file, uint8 (3, rows, columns). With `side`, of its largest square in the middle, resized
     to so many rows and columns. Raises UsageError, which begins with `name`."""
     pillow: Any = library(name)
+    read = pillow.open
     try:
-        with pillow.open(file) as opened:
+        with read(file) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, pillow.DecompressionBombError) as error:
         said = " ".join(str(error).split())[:100]
