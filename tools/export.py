@@ -24,11 +24,11 @@ from torch import Tensor
 from engine.checkpoint import CheckpointError
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.terminal.flags import ask
-from models import shards, weights
+from models import encoder_weights, shards, weights
 from models.config import DecoderConfig
 from optimizers.contract import UsageError
 
-from . import tokenizer_files
+from . import export_encoder, tokenizer_files
 from .generate import find, in_products, load_model, published, tokenizer_of
 from .plan import size
 
@@ -61,9 +61,7 @@ def export(config: Export) -> None:
     try:
         folder = find(config.run, config.checkpoint).path
         assert folder is not None
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer_of(folder)
-        shape, shapes, saved, get = _source(folder)
-        weights.check_vocabulary(tokenizer.vocab_size, shape, tokenizer.name, folder)
+        write, saved = _encoder(folder, config) if encoder_weights.published(folder) else _decoder(folder, config)
     except UsageError:
         raise
     except ValueError as error:
@@ -72,7 +70,7 @@ def export(config: Export) -> None:
     fresh = config.out.with_name(f".export-{os.getpid()}")
     try:
         _make(config.out, fresh)
-        lines = _write(fresh, shape, shapes, dtype, get, largest, tokenizer)
+        lines = write(fresh, dtype, largest)
         fresh.rename(config.out)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(config.out)) from None
@@ -103,6 +101,23 @@ def _free(out: Path) -> None:
             raise UsageError(f"OUT {out}: holds files already; name another folder, or empty this one")
     except OSError as error:
         raise UsageError(f"OUT {out}: cannot be looked at: {error.strerror or error}; name another folder") from None
+
+
+Write = Callable[[Path, torch.dtype, int], list[str]]  # into a folder, in this dtype, in files of at most so many bytes
+
+
+def _decoder(folder: Path, config: Export) -> tuple[Write, torch.dtype]:
+    """What writes a language model, and the dtype that it has. Raises what reading it does."""
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer_of(folder)
+    shape, shapes, saved, get = _source(folder)
+    weights.check_vocabulary(tokenizer.vocab_size, shape, tokenizer.name, folder)
+    return lambda fresh, dtype, largest: _write(fresh, shape, shapes, dtype, get, largest, tokenizer), saved
+
+
+def _encoder(folder: Path, config: Export) -> tuple[Write, torch.dtype]:
+    """The same of an encoder."""
+    made, tokenizer = export_encoder.source(folder), export_encoder.tokenizer(folder, config.tokenizer)
+    return lambda fresh, dtype, largest: export_encoder.write(fresh, made, dtype, largest, tokenizer), made[2]
 
 
 Source = tuple[DecoderConfig, dict[str, tuple[int, ...]], torch.dtype, Callable[[str], Tensor]]
