@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from . import families
-from .rope import Scaling
+from .rope import Scaling, Yarn
 
 LARGEST = 2**31 - 1  # of any size
 POSITIONS = 2**24  # float32, in which angles are computed, tells no larger ones apart
@@ -45,7 +45,7 @@ class DecoderConfig:
     sliding_layers: tuple[int, ...] = ()
     nope_layers: tuple[int, ...] = ()
     """Layers without a rotary embedding."""
-    rope_scaling: Scaling | None = None
+    rope_scaling: Scaling | Yarn | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -7,7 +7,7 @@ knows is refused by its name; those in `HARMLESS` change nothing.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .rope import Scaling
+from .rope import Scaling, Yarn
 
 Keys = Mapping[str, Any]
 
@@ -241,17 +241,23 @@ def write(fields: Keys) -> dict[str, Any]:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    scaling: Scaling | None = fields["rope_scaling"]
+    scaling: Scaling | Yarn | None = fields["rope_scaling"]
     if scaling is not None:
-        written["rope_scaling"] = {name: getattr(scaling, name) for name in SCALED[scaling.rope_type]}
+        names = ("rope_type", *SCALED[scaling.rope_type], *OPTIONAL.get(scaling.rope_type, ()))
+        found = {name: getattr(scaling, name) for name in names}
+        written["rope_scaling"] = {name: value for name, value in found.items() if value is not None}
     return written
 
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SCALED = {"linear": ("rope_type", "factor"), "llama3": ("rope_type", *LLAMA3)}
+SCALED = {  # what each rope_type has, and what it may have
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
 
 
-def _rope(config: Keys, usual: float) -> tuple[float, Scaling | None]:
+def _rope(config: Keys, usual: float) -> tuple[float, Scaling | Yarn | None]:
     """Theta and scaling, as transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling) write them."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
@@ -266,18 +272,24 @@ def _rope(config: Keys, usual: float) -> tuple[float, Scaling | None]:
         )
     if (turned := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"config.json: partial_rotary_factor: got {turned!r}, expected 1.0; there is no other")
-    names = SCALED.get(kind, ())[1:]
+    names, more = SCALED.get(kind, ()), OPTIONAL.get(kind, ())
     before = "original_max_position_embeddings"
     if before not in names:
         rope.pop(before, None)  # a note of transformers 5
     elif before not in rope and config.get(before):
         rope[before] = config[before]
-    if odd := sorted(set(rope) ^ set(names)):
+    if odd := sorted((set(names) - set(rope)) | (set(rope) - {*names, *more})):
         raise ValueError(
             f"config.json: rope_scaling: {odd[0]}: got {rope.get(odd[0])!r}; expected with rope_type {kind!r} "
             f"{'exactly ' + ', '.join(names) if names else 'nothing else'}"
+            f"{', and perhaps ' + ', '.join(more) if more else ''}"
         )
+    for name in more:
+        if name != "truncate" and rope.get(name) == 0:  # which transformers takes for absent
+            del rope[name]
     for name, value in rope.items():
-        if type(value) not in (int, float) or not value > 0:
-            raise ValueError(f"config.json: rope_scaling: {name}: got {value!r}, expected a number above 0")
-    return theta, None if kind == "default" else Scaling(kind, **rope)
+        whole = (bool,) if name == "truncate" else (int, float)
+        if type(value) not in whole or (name != "truncate" and not value > 0):
+            wanted = "true or false" if name == "truncate" else "a number above 0"
+            raise ValueError(f"config.json: rope_scaling: {name}: got {value!r}, expected {wanted}")
+    return theta, None if kind == "default" else Yarn(**rope) if kind == "yarn" else Scaling(kind, **rope)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ class Scaling:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
-    def stretched(self, frequency: Tensor) -> Tensor:
+    attention: ClassVar[float] = 1.0
+
+    def stretched(self, frequency: Tensor, theta: float) -> Tensor:
         """Frequencies (D/2,) in radians a position -> those of the longer context, (D/2,)."""
         slow = frequency / self.factor
         if self.rope_type == "linear":
@@ -34,18 +37,72 @@ class Scaling:
         return (1 - share) * slow + share * frequency
 
 
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (Peng et al., arXiv 2309.00071), named as in config.json's rope_scaling.
+
+    "NTK by parts" (section 3.2): a pair of elements that turns more than `beta_fast` times within the first context
+    keeps its frequency, one that turns less than `beta_slow` times has it divided by `factor`, and those in between go
+    from one to the other. Section 3.4: cos and sin are multiplied by 0.1 ln(factor) + 1, which divides the softmax's
+    temperature by the square of that.
+
+    Where this differs from the paper, and is as transformers has it: the way in between is a straight line in the
+    number of the pair, not in its turns, and begins and ends at whole numbers (`truncate`). `attention_factor` takes
+    the place of the product's number; `mscale` and `mscale_all_dim`, where both are given, make it a ratio of two.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    rope_type: ClassVar[str] = "yarn"
+
+    @property
+    def attention(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
+        return self._temperature(1.0)
+
+    def stretched(self, frequency: Tensor, theta: float) -> Tensor:
+        """Frequencies theta^(-2i/D), (D/2,) in radians a position -> those of the longer context, (D/2,)."""
+        size = 2 * len(frequency)
+        first, last = self._pair(self.beta_fast, size, theta), self._pair(self.beta_slow, size, theta)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, size - 1)
+        share = (torch.arange(len(frequency), device=frequency.device) - first) / (max(last - first, 0) or 0.001)
+        share = share.clamp(0, 1)
+        return (1 - share) * frequency + share * frequency / self.factor
+
+    def _pair(self, turns: float, size: int, theta: float) -> float:
+        """The number, not a whole one, of the pair that turns so often within the first context."""
+        return size * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def _temperature(self, times: float) -> float:
+        return 0.1 * times * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al., arXiv 2104.09864), pairing element i with i + D/2 ("rotate half").
 
     `cos` and `sin` are non-persistent buffers (positions, D/2), float32: element [t, i] belongs to the angle
-    t * theta^(-2i/D), or what `scaling` makes of it. They stay float32 when the model is cast, and are computed on the
-    host and then moved, so that they are the same on every device. All blocks of a model share one Rotary.
+    t * theta^(-2i/D), or what `scaling` makes of it and of the table. They stay float32 when the model is cast, and are
+    computed on the host and then moved, so that they are the same on every device. All blocks of a model share one
+    Rotary.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_size: int, positions: int, theta: float, scaling: Scaling | None = None) -> None:
+    def __init__(self, head_size: int, positions: int, theta: float, scaling: Scaling | Yarn | None = None) -> None:
         super().__init__()
         self.head_size, self.positions, self.theta, self.scaling = head_size, positions, theta, scaling
         self.fill(torch.get_default_device())
@@ -55,9 +112,12 @@ class Rotary(nn.Module):
         exponent = torch.arange(0, self.head_size, 2, dtype=torch.float32, device="cpu") / self.head_size
         position = torch.arange(self.positions, dtype=torch.float32, device="cpu")
         frequency = 1.0 / self.theta**exponent
-        angle = torch.outer(position, self.scaling.stretched(frequency) if self.scaling else frequency)
-        self.register_buffer("cos", angle.cos().to(device), persistent=False)
-        self.register_buffer("sin", angle.sin().to(device), persistent=False)
+        times = 1.0
+        if self.scaling is not None:
+            frequency, times = self.scaling.stretched(frequency, self.theta), self.scaling.attention
+        angle = torch.outer(position, frequency)
+        for name, table in (("cos", angle.cos()), ("sin", angle.sin())):
+            self.register_buffer(name, (table * times if times != 1 else table).to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         """Follow the model to another device but not to another dtype; `to_empty` leaves filled tables too."""

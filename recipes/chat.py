@@ -28,6 +28,9 @@ class ChatConfig(TrainConfig):
     there is one."""
     joint: str = ""
     """What stands between prompt and completion where they are joined as plain texts."""
+    validation_fraction: float | None = None
+    """The share of the data, in characters, that is held out where there is no --validation; by default 0.02, and at
+    least one example."""
     longer: Longer = "refuse"
     """What becomes of examples that are longer than the sequence."""
     pack: bool = True
@@ -44,13 +47,15 @@ class ChatConfig(TrainConfig):
     about: ClassVar = (
         *TrainConfig.about,
         *("train_on", "prompt_field", "completion_field", "render", "joint", "longer", "pack", "general", "prompts"),
-        *("samples", "sample_tokens", "epochs"),
+        *("samples", "sample_tokens", "epochs", "validation_fraction"),
     )
 
     def check(self) -> None:
         super().check()
         self.at_least("samples", 0)
         self.at_least("sample_tokens", 1)
+        if self.validation_fraction is not None and self.validation:
+            raise UsageError("--validation-fraction: changes nothing beside --validation; leave one of them out")
         if not 0 <= self.epochs < 1e6:
             raise UsageError(f"--epochs: got {self.epochs}, expected a number above 0")
 

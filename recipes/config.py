@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,6 +12,7 @@ from engine.step.segments import Batch
 from engine.tasks import language
 from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
+from models.weights import CONFIG
 from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
 from optimizers.partition import partition, trainable
 from optimizers.random import Key
@@ -91,6 +92,8 @@ class TrainConfig(LanguageConfig):
     """What options are here by default, by rule, where that is not what the rule says."""
 
     def __post_init__(self) -> None:
+        if self.init is not None and self.init.name == CONFIG and self.init.is_file():
+            object.__setattr__(self, "init", self.init.parent)
         if self.init is not None and self.tokenizer == "byte":
             object.__setattr__(self, "tokenizer", str(self.init))
         if self.options is None:
@@ -102,11 +105,16 @@ class TrainConfig(LanguageConfig):
         return RULES
 
     @classmethod
+    def listed(cls) -> Collection[str]:
+        """Those of its names that help and errors list."""
+        return [*cls.rules()]
+
+    @classmethod
     def defaults(cls, name: str, sizes: Any = None) -> Any:
         """The options of the rule of this name: its own defaults, this recipe's `usual` ones, and of `sizes`, the
         options of another rule, rank and gap. Raises UsageError for an unknown name."""
         if name not in cls.rules():
-            raise UsageError(f"optimizer {name!r} is not known; give one of {', '.join(cls.rules())}")
+            raise UsageError(f"optimizer {name!r} is not known; give one of {', '.join(cls.listed())}")
         family = cls.rules()[name]
         known = {f.name for f in dataclasses.fields(family.options)}
         sized = {size: value for size in SIZES if (value := getattr(sizes, size, None)) is not None}

@@ -25,6 +25,8 @@ from .build import Run
 from .chat import ChatConfig
 from .material import CACHE, Material
 
+HELD_OUT = 0.02  # of the characters
+
 
 class Conversations(Material):
     """The examples of a fine-tuning run, in packed rows."""
@@ -46,7 +48,12 @@ class Conversations(Material):
                 completion_field=config.completion_field,
                 render=config.render,
                 joint=config.joint,
+                validation_fraction=HELD_OUT if config.validation_fraction is None else config.validation_fraction,
             )
+            if config.validation_fraction is not None and texts.prepared(request):
+                raise UsageError(
+                    f"--validation-fraction: {config.data[0]} was prepared with what it holds out; leave it out"
+                )
             folder = chats.cached(CACHE, request, bar)
             self.general = self._general(bar)
         self.tokenizer = tokenizer_of(folder)
@@ -119,7 +126,12 @@ class Conversations(Material):
         if not config.general:
             return None
         request = Request(config.general, (), config.tokenizer, config.eos, config.allow_unknown)
-        tokens = Tokens(texts.cached(CACHE, request, bar))
+
+        def report(what: str, done: int, total: int) -> None:
+            if not what.startswith("held out"):  # it is never trained on
+                bar(what, done, total)
+
+        tokens = Tokens(texts.cached(CACHE, request, report))
         try:
             tokens.windows(config.sequence)
         except UsageError as error:

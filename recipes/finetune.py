@@ -6,7 +6,11 @@
     python -m recipes.finetune MODEL --data gsm8k.jsonl --prompt-field question --completion-field answer \\
         --preset sumo-gsm8k
 
-The rule trains the matrices of attention and MLP, AdamW the rest. omgd, lisa and rso take AdamW's options and wrap it.
+MODEL may also be a config.json, which is enough for a plan, or a name on the Hugging Face Hub, which is then fetched
+(extra hf).
+
+The rule trains the matrices of attention and MLP, AdamW the rest. omgd, lisa and rso wrap AdamW; omgd+sumo, lisa+muon,
+rso+snsm and so on wrap any other rule, whose options are flags beside their own.
 
 Learning rates: 2e-5 for AdamW is a usual one for models of billions of parameters, and a guess for yours; small models
 take more. Muon and SUMO scale their updates to AdamW's RMS (0.2), so they take AdamW's rate; masks and RSO move by
@@ -17,11 +21,13 @@ Presets:
 
     sumo-gsm8k   SUMO, rank 64, batches of 32 examples, 10 epochs: arXiv 2505.24749, Tables 4 and 5 (GSM8K). It does not
                  say the learning rate, the gap, the schedule or the length: those are ours.
+    sumo-mawps   SUMO, rank 128: the same, Table 7 (MAWPS, LLaMA2-7B; 32 too). It says nothing else: the rest is that of
+                 sumo-gsm8k, with 3 epochs, and ours.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -33,17 +39,16 @@ from optimizers.contract import Family, Optimizer, UsageError
 from optimizers.partition import trainable
 from optimizers.registry import RULES
 from optimizers.rules import sumo
-from optimizers.rules.adamw import AdamW, adamw
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
 from optimizers.wrappers.traversal import duration, layers, traversal
 
-from . import flags
-from .baseline import Lisa, lisa
+from . import flags, hub
 from .chat import ChatConfig
 from .cli import main
 from .config import MATRICES, Setup, Size
 from .train import train
+from .wrapped import ANY, OVER, WRAPPED, parts
 
 RATE = 2e-5  # AdamW's
 MATCHED = "carried over from AdamW's by the RMS of an update"
@@ -54,56 +59,29 @@ RATES: Mapping[str, tuple[float, str]] = {  # times AdamW's, and how that is kno
     "sumo": (1.0, MATCHED),
     "sumo_paper": (1.0, GUESS),
     "sumo_release": (1.0, GUESS),
-    "omgd": (1.0, "AdamW's, which it masks"),
-    "lisa": (1.0, "AdamW's, which it masks"),
-    "rso": (1.0, "AdamW's, which moves B"),
     "galore": (4.0, GUESS),
     "sgd": (500.0, "a guess: no rule carries AdamW's over to SGD"),
 }
 SUBSETS = (10.0, GUESS)  # of SNSM's forms
-
-
-@dataclass(frozen=True)
-class Omgd(AdamW):
-    """AdamW's settings, and which layers it trains."""
-
-    active: int = 2
-    """Layers that train at a time, drawn without replacement; embedding, head and last norm always train."""
-    period: str = "1epoch"
-    """How long they are held, such as 20step or 1epoch."""
-
-
-@dataclass(frozen=True)
-class Rso(AdamW):
-    """AdamW's settings, and the subspaces that it trains in."""
-
-    rank: int = 64
-    """Columns of P and B, of W + B Pᵀ."""
-    period: int = 200
-    """Steps between two P."""
-
-
-WRAPPED: dict[str, Family[Any]] = {
-    "omgd": Family("omgd", Omgd, lambda name, options: adamw(options.betas, options.eps)),
-    "lisa": lisa,
-    "rso": Family("rso", Rso, lambda name, options: adamw(options.betas, options.eps)),
-}
+OF_WRAPPED = {"omgd": "which it masks", "lisa": "which it masks", "rso": "which moves B"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(ChatConfig):
     init: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="MODEL")] = None
-    """A folder with a model as Hugging Face publishes it; its tokenizer and chat template are the run's."""
+    """A folder with a model as Hugging Face publishes it, or its name on the Hub, such as
+    HuggingFaceTB/SmolLM2-135M-Instruct; its tokenizer and chat template are the run's."""
     model: tyro.conf.Suppress[Literal["demo", "60m", "130m", "350m", "1b", "7b"]] = "demo"
     size: tyro.conf.Suppress[Size] = dataclasses.field(default_factory=Size)
     prompt: tyro.conf.Suppress[str] = ""
     field: tyro.conf.Suppress[str] = "text"
     documents: tyro.conf.Suppress[Literal["joined", "apart"]] = "joined"
-    preset: Literal["none", "sumo-gsm8k"] = "none"
+    preset: Literal["none", "sumo-gsm8k", "sumo-mawps"] = "none"
     """Settings of a paper, under the flags that are given beside it: see above."""
     optimizer: str = "adamw"
     """The rule for the matrices of attention and MLP; AdamW trains the rest. Its options are the last flags here. omgd
-    and lisa: AdamW for all, in a few layers at a time; rso: AdamW in random subspaces of those matrices."""
+    and lisa: AdamW for all, in a few layers at a time; rso: AdamW in random subspaces of those matrices; omgd+RULE,
+    lisa+RULE, rso+RULE: the same over any of the other rules, such as omgd+sumo."""
     lr: float = RATE
     """Peak learning rate; by default what AdamW's of 2e-5 is for this rule."""
     lr_of: str = "adamw"
@@ -123,11 +101,22 @@ class Finetune(ChatConfig):
     recipe = "finetune"
     align = True
     prefix = "optimizer"
-    usual: ClassVar = {"": {"rank": 64}, "sgd": {"momentum": 0.95, "nesterov": True}}
+    usual: ClassVar = {
+        "": {"rank": 64, "inner_rank": 16},
+        **{name: {"momentum": 0.95, "nesterov": True} for name in ("sgd", *(n for n in ANY if n.endswith("+sgd")))},
+    }
+
+    @property
+    def named(self) -> str:
+        return "" if self.init is None else hub.name_of(self.init)
 
     @classmethod
     def rules(cls) -> Mapping[str, Family[Any]]:
-        return {**RULES, **WRAPPED}
+        return {**RULES, **WRAPPED, **ANY}
+
+    @classmethod
+    def listed(cls) -> Collection[str]:
+        return [name for name in cls.rules() if OVER not in name]
 
     def under(self, name: str) -> "Finetune":
         """The same, at the rate that is this rule's unless --lr is given; AdamW's for what AdamW trains."""
@@ -137,16 +126,26 @@ class Finetune(ChatConfig):
 
     def optimizer_for(self, setup: Setup) -> Optimizer:
         base, options = super().optimizer_for(setup), self.options
-        if self.optimizer == "rso":
+        wrapper, _ = parts(self.optimizer)
+        if wrapper == "rso":
             names = [name for name in trainable(setup.params) if re.search(MATRICES, name)]
-            wrapped = rso(base, setup.params, names, options.rank, options.period, setup.key)
+            wrapped = rso(
+                base,
+                setup.params,
+                names,
+                options.rank,
+                options.period,
+                setup.key,
+                warmup=options.turn_warmup,
+            )
             attach(setup.model, names, options.rank, "merged")
             return wrapped
-        if isinstance(options, Omgd | Lisa):
+        if wrapper:
             chosen, period = layers(trainable(setup.params)), duration(options.period, setup.epoch)
-            again = self.optimizer == "lisa"
+            again = wrapper == "lisa"
             drawn = traversal(chosen, setup.key, active=options.active, period=period, replacement=again)
-            return omgd(base, setup.params, drawn, "none" if again else "grad")
+            rises = options.turn_warmup
+            return omgd(base, setup.params, drawn, "none" if again else "grad", turn_warmup=rises)
         return base
 
     def notes(self, setup: Setup, optimizer: Optimizer) -> list[str]:
@@ -154,6 +153,11 @@ class Finetune(ChatConfig):
             return []
         why = rate_of(self.optimizer)[1]
         return [f"--lr {self.lr:g} for {self.optimizer}: {why}; try others (recipes.compare does)"]
+
+    def check_init(self, plan: bool = False) -> None:
+        if self.init is not None and self.resume == "never":
+            hub.complete(self.init, begun=plan)
+        super().check_init(plan)
 
     def check(self) -> None:
         if self.init is None:
@@ -165,8 +169,10 @@ class Finetune(ChatConfig):
 
 def rate_of(name: str) -> tuple[float, str]:
     """What a rule's rate is times AdamW's, and how that is known."""
-    form = RULES[name].options if name in RULES else None
-    return RATES.get(name) or (SUBSETS if form is RULES["snsm"].options else (1.0, GUESS))
+    wrapper, rule = parts(name)
+    usual = SUBSETS if RULES[rule].options is RULES["snsm"].options else (1.0, GUESS)
+    times, why = RATES.get(rule, usual)
+    return times, f"{rule}'s, {OF_WRAPPED[wrapper]}; {why}" if wrapper else why
 
 
 PRESETS = {
@@ -182,6 +188,9 @@ PRESETS = {
         epochs=10.0,
     ),
 }
+PRESETS["sumo-mawps"] = dataclasses.replace(
+    PRESETS["sumo-gsm8k"], preset="sumo-mawps", options=sumo.sumo.default(rank=128), sequence=256, epochs=3.0
+)
 
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Finetune:
@@ -196,7 +205,11 @@ def parse(args: Sequence[str] | None = None, program: str = "") -> Finetune:
         raise UsageError("--epochs and --steps say the same; give one of them")
     if "--steps" in asked:
         config = dataclasses.replace(config, epochs=0.0)
-    return flags.parse(config, words, program, __doc__)
+    found = flags.parse(config, words, program, __doc__)
+    if found.init is None or (folder := hub.folder(found.init)) == found.init:
+        return found
+    tokenizer = str(folder) if found.tokenizer == str(found.init) else found.tokenizer
+    return dataclasses.replace(found, init=folder, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

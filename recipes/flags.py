@@ -105,7 +105,7 @@ def asked(config: Config, words: Sequence[str]) -> Config:
         if name not in rules:
             near = get_close_matches(name, rules, 1)
             hint = f"; perhaps {near[0]}" if near else ""
-            raise UsageError(f"--{OPTIMIZER}: got {name!r}, expected one of {', '.join(rules)}{hint}")
+            raise UsageError(f"--{OPTIMIZER}: got {name!r}, expected one of {', '.join(config.listed())}{hint}")
         under = config.under(name)
     own = {f"--{f.name}".replace("_", "-") for f in dataclasses.fields(config)}
     own |= _options(under, rules[under.optimizer])
@@ -122,7 +122,8 @@ def asked(config: Config, words: Sequence[str]) -> Config:
 def _having(config: TrainConfig, flag: str) -> list[str]:
     """The rules that have this flag."""
     positive = flag.replace("--no-", "--", 1)
-    return [name for name, family in config.rules().items() if {flag, positive} & _options(config, family)]
+    found = [name for name, family in config.rules().items() if {flag, positive} & _options(config, family)]
+    return [name for name in found if name in config.listed()] or found
 
 
 def _options(config: TrainConfig, family: Family[Any]) -> set[str]:
@@ -134,7 +135,7 @@ def offered(config: Any) -> Any:
     """`config` as an instance of a class in which the types of `optimizer` and `options` are known, if it has them."""
     if not isinstance(config, TrainConfig):
         return config
-    names: Any = Literal[tuple(config.rules())]
+    names: Any = Literal[tuple(dict.fromkeys([*config.listed(), config.optimizer]))]
     options = _flagged(config)
     shown: list[tuple[str, Any, Any]] = [
         (OPTIMIZER, names, dataclasses.field()),

@@ -36,7 +36,8 @@ def shape(folder: Path, vocabulary: int, tokenizer: str) -> DecoderConfig:
 
 def bare(folder: Path) -> bool:
     """Is there a shape without weights? That is enough for a plan, and for nothing else."""
-    return (folder / weights.CONFIG).is_file() and not weights.is_folder(folder)
+    there = any((folder / name).is_file() for name in weights.PICKLES) or any(folder.glob("*.safetensors"))
+    return (folder / weights.CONFIG).is_file() and not there
 
 
 def check(folder: Path, sequence: int, read: bool) -> None:

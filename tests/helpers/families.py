@@ -27,6 +27,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 
 
@@ -42,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _family("mistral", sliding_window=None, rms_norm_eps=1e-5),
     "mistral, sliding": _family("mistral", sliding_window=6, head_dim=12),
     "qwen2": _family("qwen2", rope_theta=1000000.0),
+    "qwen2, yarn": _family("qwen2", rope_theta=100.0, rope_scaling={**YARN}),
     "qwen2, sliding": _family("qwen2", max_window_layers=2, tie_word_embeddings=True, **WINDOW),
     "qwen3": _family("qwen3", head_dim=16, tie_word_embeddings=True),
     "qwen3, sliding": _family("qwen3", head_dim=8, attention_bias=True, max_window_layers=1, **WINDOW),

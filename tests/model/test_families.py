@@ -4,19 +4,20 @@ What needs transformers skips without it.
 """
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.families import FAMILIES, LLAMA3, config_of, wide
+from helpers.families import FAMILIES, LLAMA3, YARN, config_of, wide
 from torch import Tensor
 
 from engine.step import templates
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.rope import Rotary, Scaling
+from models.rope import Rotary, Scaling, Yarn
 
 TOKENS = 40  # more than any sliding window here
 families = pytest.mark.parametrize("name", FAMILIES)
@@ -156,6 +157,61 @@ def test_scaled_angles_by_their_formula() -> None:
     share = ((turns - 1) / 3).clamp(0, 1)
     assert 0 < share.count_nonzero() < 32 and ((share > 0) & (share < 1)).any()
     torch.testing.assert_close(ratio, share + (1 - share) / 8, atol=1e-4, rtol=1e-4)
+
+
+YARNS = [
+    {},
+    {"beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 32768},  # as Qwen2.5's card has it
+    {"truncate": False, "beta_slow": 0.5},
+    {"attention_factor": 0.7},
+    {"mscale": 1.0, "mscale_all_dim": 0.5},
+    {"mscale": 1.0, "mscale_all_dim": 0.0},
+    {"factor": 1.0},
+]
+
+
+@pytest.mark.parametrize("own", YARNS)
+@pytest.mark.parametrize("theta", [100.0, 1e6])
+def test_yarn_has_the_angles_of_transformers(own: dict[str, Any], theta: float) -> None:
+    pytest.importorskip("transformers", reason="transformers (the extra hf) is not installed")
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    hf = {**FAMILIES["qwen2"], "hidden_size": 256, "rope_theta": theta, "rope_scaling": YARN | own}
+    hf["max_position_embeddings"] = 4 * hf["rope_scaling"]["original_max_position_embeddings"]
+    frequency, times = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.for_model(**hf), "cpu")
+    scaling = DecoderConfig.from_hf(hf).rope_scaling
+    assert scaling is not None and scaling.attention == pytest.approx(times, rel=1e-6)
+    plain = theta ** (-torch.arange(32, dtype=torch.float32) / 32)
+    torch.testing.assert_close(scaling.stretched(plain, theta), frequency, rtol=1e-5, atol=0)
+    assert own == {"factor": 1.0} or not frequency.equal(plain)
+
+
+def test_yarn_by_its_formula() -> None:
+    """A pair that turns often keeps its angle, one that turns seldom has a quarter of it; both tables are larger."""
+    plain, found = Rotary(64, 2, 100.0), Rotary(64, 2, 100.0, Yarn(4.0, 64, beta_fast=4.0))
+    for table in ("cos", "sin"):
+        assert getattr(found, table)[0, 0] == pytest.approx(getattr(plain, table)[0, 0] * (0.1 * math.log(4) + 1))
+    ratio = torch.atan2(found.sin[1], found.cos[1]) / torch.atan2(plain.sin[1], plain.cos[1])
+    turns = 64 * 100.0 ** (-torch.arange(32) / 32) / (2 * torch.pi)
+    torch.testing.assert_close(ratio[turns > 5], torch.ones(int((turns > 5).sum())), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ratio[turns < 0.9], torch.full((int((turns < 0.9).sum()),), 0.25), atol=1e-4, rtol=0)
+    assert ((ratio > 0.3) & (ratio < 0.95)).any() and (turns < 0.9).any()
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"rope_type": "longrope"}, "rope_type: got 'longrope', expected one of default, linear, llama3, yarn"),
+        ({"truncate": 1}, "rope_scaling: truncate: got 1, expected true or false"),
+        ({"beta_fast": -1}, "rope_scaling: beta_fast: got -1, expected a number above 0"),
+        ({"mrope_section": [1]}, "rope_scaling: mrope_section: got .*, and perhaps beta_fast"),
+        ({"factor": None}, "rope_scaling: factor: got None; expected with rope_type 'yarn' exactly factor"),
+    ],
+)
+def test_what_yarn_refuses(own: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig.from_hf(FAMILIES["qwen2"] | {"rope_scaling": YARN | own})
 
 
 def test_biases_begin_at_zero() -> None:

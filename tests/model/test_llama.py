@@ -122,7 +122,10 @@ def test_config_errors(change: dict[str, Any], message: str) -> None:
         ({"attention_dropout": 0.1}, "config.json: attention_dropout: got 0.1, expected 0.0"),
         ({"residual_multiplier": 0.5}, "config.json: residual_multiplier: got 0.5, which no llama here knows"),
         ({"quantization_config": {"bits": 4}}, "config.json: quantization_config: got {'bits': 4}, which no llama"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "config.json: rope_type: got 'yarn', expected one of"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "config.json: rope_type: got 'dynamic', expected one of",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "config.json: rope_scaling: factor: got None; expected with"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "config.json: rope_scaling: factor: got '2', expected a"),
         ({"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, "config.json: rope_scaling: beta: got 1;"),

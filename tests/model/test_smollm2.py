@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.data.chat.asking import asking
+from engine.data.chat.template import load_template
 from engine.data.tokenizer import load_tokenizer
 from engine.memory import counted_peak
 from models import weights
-from models.sampling import generate
+from models.sampling import answers, generate
 from tools.export import Export, export
 from tools.generate import main
 
@@ -71,3 +73,18 @@ def test_transformers_says_the_same_of_what_is_exported(tmp_path: Path, capsys: 
     assert said == tokenizer.decode([*ids, *new])
     original = weights.load(FOLDER)
     assert all(p.equal(q.float()) for p, q in zip(ours.parameters(), original.parameters(), strict=True))
+
+
+def test_questions_answered_together_get_the_text_that_transformers_gives_alone() -> None:
+    expected, ours, tokenizer = theirs(), weights.load(FOLDER, torch.float32), load_tokenizer(str(FOLDER))
+    template = load_template(FOLDER)
+    questions = (
+        "What is the capital of Italy?",
+        "Anna has 3 apples and buys 4 more, then she eats 2 of them. How many apples does she have?",
+        "Say yes.",
+    )
+    asked = [asking(tokenizer, template, [{"role": "user", "content": text}], "a test") for text in questions]
+    found = answers(ours, asked, 24, (tokenizer.eos,))
+    for ids, new in zip(asked, found, strict=True):
+        said = expected.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :].tolist()
+        assert tokenizer.decode(new) == tokenizer.decode([i for i in said if i != tokenizer.eos])

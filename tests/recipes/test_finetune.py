@@ -55,6 +55,17 @@ def test_a_run_shows_an_example_evaluates_samples_and_keeps_the_best(tmp_path: P
     assert (run / "tokenizer/chat_template.jinja").is_file()
 
 
+def test_about_two_in_a_hundred_are_held_out_unless_it_is_said(tmp_path: Path) -> None:
+    write(folder(tmp_path) / "chats.jsonl", rows(200))
+    for flags, least, most in (("", 3, 5), ("--validation-fraction 0.2", 35, 45)):
+        done = here(tmp_path, f"{LINE} --dry-run {flags} --out run")
+        held = int(done.out.split("held out: ")[1].split(" of 200 examples")[0])
+        assert done.code == 0 and least <= held <= most, done
+    assert tool(tmp_path, "tools.prepare made --chat --data chats.jsonl --tokenizer model").code == 0
+    line = refused(here(tmp_path, f"{LINE} --data made --validation-fraction 0.2 --out run"), 2)
+    assert "made was prepared with what it holds out" in line
+
+
 @pytest.mark.run
 def test_a_killed_run_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
     folder(tmp_path)
@@ -98,10 +109,11 @@ def test_the_best_of_a_history() -> None:
     assert best([{"step": 1, "train/loss": 1.0}]) is None and kept(history[:1]) is None
 
 
-@pytest.mark.parametrize("name", few(Finetune.rules(), "adamw", "sumo", "rso"))
+@pytest.mark.parametrize("name", few(Finetune.rules(), "adamw", "sumo", "rso", "omgd+sumo", "rso+snsm"))
 def test_every_rule_can_fine_tune_and_be_planned(tmp_path: Path, name: str) -> None:
     options = Finetune.defaults(name)
-    rank = "--rank 4" if hasattr(options, "rank") and "rank" not in idle(options) else ""
+    ranks = [n for n in ("rank", "inner_rank") if hasattr(options, n) and n not in idle(options)]
+    rank = " ".join(f"--{n.replace('_', '-')} 4" for n in ranks)
     found = config(f"finetune model --data x --sequence 48 --optimizer {name} {rank}", folder(tmp_path))
     run = build(found, 320)
     assert set(run.optimizer.owner) == set(run.params)
@@ -183,7 +195,13 @@ BAD = {
     "finetune --data chats.jsonl": "MODEL: got none; give the folder of a model",
     "finetune nowhere --data chats.jsonl": "MODEL nowhere: is no folder",
     "finetune model --data chats.jsonl --steps 3 --epochs 2": "--epochs and --steps say the same; give one of them",
-    "finetune model --data chats.jsonl --preset x": "--preset: got 'x', expected one of none, sumo-gsm8k",
+    "finetune model --data chats.jsonl --preset x": "--preset: got 'x', expected one of none, sumo-gsm8k, sumo-mawps",
+    "finetune model --data chats.jsonl --optimizer omgd+sum": "'omgd+sum', expected one of adamw, ",
+    "finetune model --data chats.jsonl --optimizer rso+adamw --inner-rank 4": "--inner-rank: rso+adamw has no such",
+    "finetune model --data chats.jsonl --freeze embed typo": "freeze: pattern 'typo' matches no parameter",
+    "finetune model --data chats.jsonl --validation chats.jsonl --validation-fraction 0.1": "changes nothing beside",
+    "finetune model --data chats.jsonl --validation-fraction 0.6": "validation_fraction: got 0.6; expected more than 0",
+    "finetune model --data chats.jsonl --freeze .": "match every parameter, so there is nothing to train; freeze fewer",
     "finetune model --data chats.jsonl --sequence 8": "chats.jsonl, line ",
     "finetune model --data empty.jsonl": "empty.jsonl, line 1: message 2 (assistant) is empty",
     "finetune model --data role.jsonl --train-on last": "role",

@@ -76,6 +76,48 @@ def test_names_of_fields(tmp_path: Path, model: Path) -> None:
         made(tmp_path, rows, model, "half", prompt_field="question")
 
 
+MAWPS = (
+    {"iIndex": 1, "sQuestion": "Joan has 70.0 shells.", "lEquations": ["X=(70.0-27.0)"], "lSolutions": [43.0]},
+    {"Question": "Joan has N_00 shells.", "Numbers": "70.0 27.5", "Equation": "- N_00 N_01", "Answer": 42.5},
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            MAWPS[0],
+            "user\nJoan has 70.0 shells.<|im_end|>\n<|im_start|>assistant\n⟦X=(70.0-27.0)\n#### 43<|im_end|>⟧\n",
+        ),
+        (MAWPS[1], "user\nJoan has 70 shells.<|im_end|>\n<|im_start|>assistant\n⟦- 70 27.5\n#### 42.5<|im_end|>⟧\n"),
+    ],
+)
+def test_word_problems_with_an_equation_and_a_number(
+    row: dict[str, Any], expected: str, tmp_path: Path, model: Path
+) -> None:
+    other = json.loads(json.dumps(row).replace("Joan", "John"))
+    data = {"data": (write(tmp_path / "t.jsonl", [row]),), "validation": (write(tmp_path / "v.jsonl", [other]),)}
+    folder = prepare(tmp_path / "out", ChatRequest(**data, tokenizer=str(model)))
+    assert shown(folder).endswith(expected) and "format: mawps" in read_index(folder)["format"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sQuestion": ""}, "line 2: sQuestion: got ''; expected a text"),
+        ({"lSolutions": [1.0, 2.0]}, r"line 2: lSolutions: got \[1.0, 2.0\]; expected a list of one"),
+        ({"lSolutions": ["x"]}, "line 2: the solution: got 'x'; expected a number"),
+        ({"lEquations": [7]}, "line 2: the equation: got '7'; expected a text"),
+        ({"Question": "N_02 shells"}, "line 2: Question: got N_02 where Numbers has 2"),
+        ({"Numbers": "x 1"}, "line 2: Numbers: got 'x'; expected a number"),
+    ],
+)
+def test_word_problems_that_are_not_whole(change: dict[str, Any], expected: str, tmp_path: Path, model: Path) -> None:
+    good = MAWPS[0] if next(iter(change)) in MAWPS[0] else MAWPS[1]
+    with pytest.raises(UsageError, match=expected):
+        made(tmp_path, [good, good | change], model)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.xz"])
 def test_every_kind_of_file(suffix: str, tmp_path: Path, model: Path) -> None:
     rows = [{"prompt": f"how many, {k}?", "completion": f"{k}"} for k in range(1, 6)]

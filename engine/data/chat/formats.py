@@ -4,10 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from .masks import ASSISTANT, Fault
+from .mawps import is_mawps, pair
 
-Format = Literal["messages", "sharegpt", "prompt/completion", "alpaca", "text"]
+Format = Literal["messages", "sharegpt", "prompt/completion", "alpaca", "mawps", "text"]
 
-KNOWN = "messages; conversations (from, value); prompt and completion; instruction and output; text"
+KNOWN = (
+    "messages; conversations (from, value); prompt and completion; instruction and output; sQuestion, lEquations and "
+    "lSolutions; text"
+)
 
 _LISTS = ("messages", "conversations", "conversation")
 _ROLES = {"human": "user", "gpt": ASSISTANT, "bing": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT}
@@ -47,6 +51,8 @@ def format_of(row: Mapping[str, Any], fields: Fields = Fields()) -> Format | Non
         return "prompt/completion"
     if {"instruction", "output"} <= row.keys():
         return "alpaca"
+    if is_mawps(row):
+        return "mawps"
     return "text" if "text" in row else None
 
 
@@ -61,6 +67,8 @@ def said(row: Mapping[str, Any], form: Format, fields: Fields, joint: str) -> Sa
         return _pair(row[names[0]], row[names[1]], names, joint, _tools(row))
     if form == "alpaca":
         return _alpaca(row)
+    if form == "mawps":
+        return _pair(*pair(row), ("question", "answer"), joint, None)
     text = _text(row["text"], "text")
     if not text.strip():
         raise Fault("nothing to train on: the text is empty; remove the row")

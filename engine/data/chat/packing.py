@@ -58,7 +58,9 @@ def fit(examples: Examples, sequence: int, longer: Longer = "refuse") -> Fit:
     if longer == "leave-out":
         kept = np.setdiff1d(np.arange(len(examples)), long)
         if not len(kept):
-            raise UsageError(f"every example is longer than {sequence:,} tokens; use a longer --sequence")
+            whose = "held-out example" if examples.split == "validation" else "example"
+            more = ", or hold out more (--validation-fraction, --validation)" if examples.split == "validation" else ""
+            raise UsageError(f"every {whose} is longer than {sequence:,} tokens; use a longer --sequence{more}")
         return Fit(tuple(kept.tolist()), 0, len(long), int(examples.sizes[long].sum()))
     for k in long.tolist():
         if not examples.read(k)[1][: sequence + 1].any():
