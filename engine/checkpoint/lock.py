@@ -30,6 +30,7 @@ except ImportError:  # Windows
 
 FILE = ".lock"
 BEAT = 5.0  # seconds between two touches of the file
+PATIENCE = 1.0  # seconds for which a lock that says nothing is read again: its owner may be about to write it
 WATCH = 30.0  # without one, an owner that cannot be looked for is gone
 HERE: dict[tuple[int, int], int | None] = {}  # folders that this process owns, by device and inode -> what holds it
 GUARD = threading.Lock()
@@ -289,7 +290,7 @@ def _record() -> bytes:
 
 def _read(file: Path, patient: bool = False) -> Owner | None:
     """Who a lock names; None where it names nobody. With `patient`, wait a little for an owner about to write it."""
-    for _ in range(20 if patient else 1):
+    for _ in range(max(1, round(PATIENCE / 0.05)) if patient else 1):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return Owner(Process(**content["process"]), str(content["command"]), float(content["since"]))

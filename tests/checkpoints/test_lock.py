@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.grids import covering
 from helpers.owner import owners
 from helpers.runs import ONE_THREAD, ROOT, TINY, corpus, finish, here, newest, refused, start, stop_at, tool
 
@@ -85,7 +86,7 @@ STALE = {
 @pytest.mark.parametrize("flock", [True, False])
 @pytest.mark.parametrize("case", STALE)
 def test_stale_locks_are_taken_over_with_a_line(tmp_path, monkeypatch, case, flock):
-    monkeypatch.setattr(lock, "WATCH", 0.5)
+    monkeypatch.setattr(lock, "WATCH", 0.1)
     if not flock:
         monkeypatch.setattr(lock, "_flocks", lambda folder: False)
     file = write_lock(tmp_path / "run", **STALE[case])
@@ -116,10 +117,10 @@ def test_an_owner_on_another_machine_that_touches_its_lock_is_left_alone(tmp_pat
     assert json.loads(file.read_text())["process"]["host"] == "elsewhere"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"process": 3}', "\0" * 100])
-@pytest.mark.parametrize("flock", [True, False])
+@pytest.mark.parametrize(("content", "flock"), covering(["", "{", "[]", '{"process": 3}', "\0" * 100], [True, False]))
 def test_a_lock_that_says_nothing_is_no_obstacle_for_ever(tmp_path, monkeypatch, content, flock):
-    monkeypatch.setattr(lock, "WATCH", 0.3)
+    monkeypatch.setattr(lock, "WATCH", 0.1)
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
     if not flock:
         monkeypatch.setattr(lock, "_flocks", lambda folder: False)
     (tmp_path / "run").mkdir()

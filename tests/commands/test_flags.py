@@ -4,6 +4,7 @@ import contextlib
 import re
 
 import pytest
+from helpers.grids import covering
 from helpers.runs import Done, tool
 
 from engine.terminal import flags
@@ -111,15 +112,14 @@ def test_quoted_recipes_name_the_flag_that_they_came_from(line):
             parsed(words(line, flag), flag)
 
 
+COMMANDS = [
+    *(f"recipes.{name}" for name in ("baseline", "snsm", "sumo", "rso", "omgd", "finetune", "demo", "compare")),
+    *(f"tools.{name}" for name in ("plot", "bench", "inspect", "swap", "prepare", "generate", "evaluate")),
+]
+
+
 @pytest.mark.run
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(f"recipes.{name}" for name in ("baseline", "snsm", "sumo", "rso", "omgd", "finetune", "demo", "compare")),
-        *(f"tools.{name}" for name in ("plot", "bench", "inspect", "swap", "prepare", "generate", "evaluate")),
-    ],
-)
-@pytest.mark.parametrize("columns", ["30", "80"])
+@pytest.mark.parametrize(("name", "columns"), covering(COMMANDS, ["30", "80"]))
 def test_every_command_refuses_a_flag_in_one_line(tmp_path, monkeypatch, name, columns):
     monkeypatch.setenv("COLUMNS", columns)
     line = plain(tool(tmp_path, f"{name} --a-flag-that-nothing-here-has 1"))

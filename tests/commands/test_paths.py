@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.grids import covering
 from helpers.runs import ROOT, TINY, Done, corpus, here
 from helpers.runs import tool as run_tool
 
@@ -76,8 +77,7 @@ def said(done, name, codes=(2, 5)):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("kind", FOLDERS)
-@pytest.mark.parametrize("recipe", [f"baseline {TINY}", "omgd toy", "rso toy", "demo"])
+@pytest.mark.parametrize(("kind", "recipe"), covering(FOLDERS, [f"baseline {TINY}", "omgd toy", "rso toy", "demo"]))
 def test_out_of_every_recipe(made, recipe, kind):
     before = sorted(p.name for p in made.iterdir())
     said(here(made, f"{recipe} --out {FOLDERS[kind]}"), FOLDERS[kind])
@@ -101,8 +101,7 @@ def test_out_of_prepare_and_compare(made, kind):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("flag", ["--resume", "--tokenizer", "--data", "--validation"])
+@pytest.mark.parametrize(("kind", "flag"), covering(INPUTS, ["--resume", "--tokenizer", "--data", "--validation"]))
 def test_what_a_run_reads(made, flag, kind):
     if flag in ("--data", "--validation") and kind == "an empty file":
         pytest.skip("an empty document is a document")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.grids import few
 from helpers.runs import ROOT, TINY, corpus, here
 
 from engine.terminal.attempt import attempt
@@ -77,7 +78,7 @@ ENDS = {
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", few(ENDS, "memory", "numbers"))
 def test_what_fails_after_the_last_checkpoint_is_a_line(tmp_path, monkeypatch, name):
     function, said = ENDS[name]
 

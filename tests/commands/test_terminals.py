@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from helpers.grids import covering
 
 from engine.data.prompt import prompt_ids
 from engine.data.tokenizer import load_tokenizer
@@ -66,8 +67,7 @@ def test_every_command_is_found() -> None:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize(("module", "encoding"), covering(COMMANDS, ENCODINGS))
 def test_every_command_explains_itself_on_any_terminal(module: str, encoding: str, tmp_path: Path) -> None:
     code, out, err = run(module, "--help", encoding=encoding, folder=tmp_path)
     assert code == 0 and "usage" in (out + err).lower()
@@ -75,8 +75,7 @@ def test_every_command_explains_itself_on_any_terminal(module: str, encoding: st
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("module", COMMANDS)
+@pytest.mark.parametrize(("module", "encoding"), covering(COMMANDS, ENCODINGS))
 def test_every_command_refuses_on_any_terminal(module: str, encoding: str, tmp_path: Path) -> None:
     code, out, err = run(module, "--café-東京", "\udcff", encoding=encoding, folder=tmp_path)
     assert code == 2 and err and "Traceback" not in out + err

@@ -2,11 +2,13 @@
 
 import gc
 import resource
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.classifier import classifier, loss
+from helpers.grids import few
 from helpers.plans import METHODS, TINY, built, precise, predicted, settings
 from torch._subclasses import FakeTensorMode
 
@@ -28,10 +30,7 @@ SIZES = {  # model, sequences, tokens in each: the first is mostly weights, the 
     "weights": (LlamaConfig(1024, 256, 688, 4, 4), 2, 64),
     "activations": (LlamaConfig(257, 96, 256, 3, 4, max_position_embeddings=256), 8, 256),
 }
-QUICK = ("snsm", "sumo, when it sees too little", "omgd", "rso")  # the others are slow
-each_method = pytest.mark.parametrize(
-    "method", [method if method in QUICK else pytest.param(method, marks=slow) for method in METHODS]
-)
+EXACT = (("snsm", False), ("sumo, when it sees too little", True), ("omgd", True), ("rso", False))  # others are slow
 
 
 def measured(method: str, shape: LlamaConfig, config: LanguageConfig, at: int) -> int:
@@ -70,8 +69,10 @@ def measured(method: str, shape: LlamaConfig, config: LanguageConfig, at: int) -
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
-@each_method
+@pytest.mark.parametrize(
+    ("method", "recompute"),
+    [case if case in EXACT else pytest.param(*case, marks=slow) for case in product(METHODS, [False, True])],
+)
 def test_uncompiled_the_prediction_is_all_but_exact_and_the_state_is_exact(method, recompute):
     config = settings(4, 32, compile="off", recompute=recompute)
     found = predicted(method, TINY, config, 1)
@@ -85,7 +86,7 @@ def test_uncompiled_the_prediction_is_all_but_exact_and_the_state_is_exact(metho
 @pytest.mark.parametrize(
     "options",
     [
-        dict(clip="global"),
+        pytest.param(dict(clip="global"), marks=slow),
         dict(accumulation=6),
         pytest.param(dict(accumulation=6, recompute=True), marks=slow),
         dict(precision="mixed"),
@@ -183,7 +184,7 @@ def test_parts_add_up_and_blocks_share_nothing_but_their_graphs():
 
 
 @pytest.mark.run
-@each_method
+@pytest.mark.parametrize("method", few(METHODS, "omgd", "rso"))
 def test_what_a_run_does_beside_its_steps_is_part_of_the_plan(method):
     found = predicted(method, TINY, settings(4, 32, compile="off"))
     held = found.weights + found.state

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -334,6 +333,8 @@ def test_segments_do_not_register_in_the_model() -> None:
 @pytest.mark.compiles
 def test_blocks_share_one_graph() -> None:
     """fullgraph: no graph break; one frame for all blocks and steps. The template is a copy on purpose (see below)."""
+    from torch._dynamo.testing import CompileCounter
+
     counter = CompileCounter()
     model = Llama(VARIANTS["grouped"])
     blocks = [s for s in model.segments() if s.kind == "block"]

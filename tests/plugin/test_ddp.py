@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from helpers.grids import few
 from helpers.plugged import LR, gradients, options, toy, weights
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +34,7 @@ def process(rank: int, folder: str, masked: bool) -> None:
 
 @pytest.mark.run
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("masked", few([False, True], True))
 def test_two_processes_move_as_one(masked, tmp_path):
     torch.multiprocessing.spawn(process, (str(tmp_path), masked), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -8,12 +8,13 @@ import re
 from typing import Any
 
 import pytest
-from helpers.grids import covering
+from helpers.grids import covering, few
 
 from optimizers.contract import UsageError, idle
 from optimizers.registry import RULES
 from recipes.config import TrainConfig
 from recipes.registry import config_class, from_plain, parsed, trained_by
+from tests.support import RULES as ONE_A_FILE
 from tools import plan
 
 RECIPES = ("baseline", "snsm demo", "sumo demo", "omgd pretrain", "rso demo")
@@ -58,7 +59,7 @@ def test_help_shows_the_options_of_the_rule_that_is_asked_for(recipe, name, monk
     assert RULES[name].options.__doc__ not in said
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", few(RULES, *ONE_A_FILE))
 def test_every_option_has_help(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     said = shown(f"baseline --optimizer {name}")

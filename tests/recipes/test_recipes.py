@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.grids import few
 from helpers.runs import TINY, column, corpus, finish, here, refused, start
 
 BASELINES = ("adamw", "sgd", "muon", "galore --rank 4 --update-proj-gap 7")
@@ -13,7 +14,7 @@ BASELINES = ("adamw", "sgd", "muon", "galore --rank 4 --update-proj-gap 7")
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("optimizer", BASELINES)
+@pytest.mark.parametrize("optimizer", few(BASELINES, BASELINES[0], BASELINES[3]))
 def test_a_run_prints_who_trains_what_and_leaves_its_files(tmp_path, optimizer):
     flags = f"--optimizer {optimizer} --out run --save-every 8 --eval-every 10"
     if optimizer == "adamw":
@@ -204,7 +205,9 @@ def test_without_out_each_run_gets_a_folder_of_its_own(tmp_path):
 
 @pytest.mark.compiles
 @pytest.mark.run
-@pytest.mark.parametrize("recipe", ["baseline", "omgd pretrain --active 1 --period 5step", "rso demo --rank 4"])
+@pytest.mark.parametrize(
+    "recipe", few(["baseline", "omgd pretrain --active 1 --period 5step", "rso demo --rank 4"], "rso demo --rank 4")
+)
 def test_a_run_says_what_memory_was_predicted_and_measured(tmp_path, recipe):
     done = here(
         corpus(tmp_path),

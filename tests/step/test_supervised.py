@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.models import VOCABULARY, distance, graphs, llama
 from helpers.steps import hypers, make
 from torch import Tensor
@@ -35,8 +36,7 @@ def parts(batch: Batch, rows: int) -> list[Batch]:
     return [{name: t[i : i + rows] for name, t in batch.items()} for i in range(0, count, rows)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("tell", [False, True])
+@pytest.mark.parametrize(("recompute", "tell"), covering([False, True], [False, True]))
 def test_accumulation_over_unequal_masks_is_one_batch(recompute: bool, tell: bool) -> None:
     found = []
     for rows in (4, 1):

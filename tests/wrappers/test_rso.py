@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.grids import covering
 from helpers.models import batches, distance, llama
 from helpers.subspace import DECAY, KINDS, LR, PERIOD, dense, full, hypers, make, randn, run
 from reference.rso import carried, descend, merged
@@ -113,9 +114,9 @@ def test_both_forms_are_one_method():
     assert all("B" not in slots for slots in a.state.values()), "merged holds no B"
 
 
-@each_form
-@pytest.mark.parametrize("moments", ["reset", "keep", "transform"])
-@pytest.mark.parametrize("share", [(), SHARED], ids=["separate", "shared"])
+@pytest.mark.parametrize(
+    ("form", "moments", "share"), covering(["merged", "products"], ["reset", "keep", "transform"], [(), SHARED])
+)
 def test_a_turn_changes_p_and_not_the_loss(form, moments, share):
     step = make(llama(2), form, options={"moments": moments, "share": share})
     run(step, PERIOD)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.grids import few
 from helpers.models import batches, llama
 from helpers.models import graphs as compiled_graphs
 from helpers.subspace import dense, full, hypers, make, matrices
@@ -159,7 +160,7 @@ TABLE = {  # 10^9 bytes at two bytes a number: m and v dense and under RSO, P ap
 }
 
 
-@pytest.mark.parametrize("size", TABLE)
+@pytest.mark.parametrize("size", few(TABLE, "60m", "7b"))
 def test_state_and_gradients_have_the_sizes_of_the_table(size):
     rank, both, ours, apart, shared, grads, small = TABLE[size]
     with torch.device("meta"):
