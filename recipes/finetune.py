@@ -30,7 +30,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -50,6 +50,7 @@ from .config import MATRICES, Setup, Size
 from .train import train
 from .wrapped import ANY, OVER, WRAPPED, parts
 
+Config = TypeVar("Config", bound=ChatConfig)
 RATE = 2e-5  # AdamW's
 MATCHED = "carried over from AdamW's by the RMS of an update"
 GUESS = "a guess from AdamW's"
@@ -200,12 +201,18 @@ def parse(args: Sequence[str] | None = None, program: str = "") -> Finetune:
     if named and named[-1] not in PRESETS:
         raise UsageError(f"--preset: got {named[-1]!r}, expected one of {', '.join(PRESETS)}")
     config = PRESETS[named[-1] if named else "none"]
+    return read(config, words, program, __doc__)
+
+
+def read(config: Config, words: Sequence[str], program: str, description: str | None) -> Config:
+    """`config` with what a command line asks for, which says how long in epochs or in steps, and MODEL as a folder or
+    by its id. Raises UsageError."""
     asked = {flag for _, (flag, _) in flags.given(words)}
     if {"--epochs", "--steps"} <= asked:
         raise UsageError("--epochs and --steps say the same; give one of them")
     if "--steps" in asked:
         config = dataclasses.replace(config, epochs=0.0)
-    found = flags.parse(config, words, program, __doc__)
+    found = flags.parse(config, words, program, description)
     if found.init is None or (folder := hub.folder(found.init)) == found.init:
         return found
     tokenizer = str(folder) if found.tokenizer == str(found.init) else found.tokenizer

@@ -18,6 +18,7 @@ CONFIGS = {  # a recipe's name in a checkpoint -> its module and class
     "baseline": ("baseline", "Baseline"),
     "baseline-glue": ("baseline", "Glue"),
     "finetune": ("finetune", "Finetune"),
+    "lora": ("lora", "Lora"),
     "omgd": ("omgd", "Pretrain"),
     "omgd-glue": ("omgd", "Glue"),
     "rso": ("rso", "Rso"),
