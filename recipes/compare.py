@@ -34,6 +34,7 @@ from engine.checkpoint.lock import claim
 from engine.curves import loss_curve
 from engine.loop.metrics import read, series
 from engine.terminal.attempt import attempt
+from engine.terminal.command import module
 from engine.terminal.flags import ask
 from engine.terminal.output import lasting, printable
 from optimizers.contract import UsageError
@@ -101,7 +102,7 @@ def run(config: Compare, common: list[str], method: Method, lr: float, seed: int
     console.print(f"{method.name}  lr {lr:g}  seed {seed}", highlight=False)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        process = [sys.executable, "-m", f"recipes.{command[0]}", *command[1:], *flags]
+        process = [sys.executable, "-m", module(f"recipes.{command[0]}"), *command[1:], *flags]
         spoken = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # whatever this terminal knows
         code = subprocess.run(process, stdout=log, stderr=subprocess.STDOUT, env=spoken, check=False).returncode
     cell: Cell = {"method": method.name, "lr": lr, "seed": seed, "loss": math.inf, "curve": []}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import Checkpoint, CheckpointError, Reader
+from engine.terminal.command import another, pasted
 from optimizers.contract import UsageError
 
 from .config import TrainConfig
@@ -36,7 +37,7 @@ PLACED = ("out", "resume", "compile")  # where and how a run ran, which does not
 def config_class(name: str) -> type[TrainConfig]:
     """The config of the recipe of this name. Raises KeyError where there is none."""
     module, kind = CONFIGS[name]
-    found: type[TrainConfig] = getattr(importlib.import_module(f"recipes.{module}"), kind)
+    found: type[TrainConfig] = getattr(importlib.import_module(f".{module}", __package__), kind)
     return found
 
 
@@ -56,9 +57,8 @@ def parsed(command: Sequence[str], flag: str) -> TrainConfig:
             f"{said}got {recipe!r}, expected a recipe and its flags, such as {example!r}; recipes: {known}"
         )
     try:
-        config = importlib.import_module(f"recipes.{recipe}").parse(
-            flags, f"python -m recipes.{recipe}" if quoted else f"{flag} {recipe}"
-        )
+        program = pasted(*another(f"recipes.{recipe}")) if quoted else f"{flag} {recipe}"
+        config = importlib.import_module(f".{recipe}", __package__).parse(flags, program)
         if not isinstance(config, TrainConfig):
             raise UsageError(f"{' '.join(command)!r} trains no model; name a recipe that does")
         config.check()

@@ -21,7 +21,7 @@ from engine.loop.result import evaluations, write_result
 from engine.loop.trainer import Trainer
 from engine.task import Task
 from engine.terminal.attempt import attempt
-from engine.terminal.command import pasted, program
+from engine.terminal.command import another, pasted, program
 from models.sampling import generate
 from optimizers.compile import can_compile
 
@@ -193,7 +193,8 @@ def _curve(run: Run, trainer: Trainer, metrics: Metrics, held_out: Mapping[str, 
 def _more(material: Material, out: Path) -> str:
     """The command that asks the trained model, where it answers with text."""
     asking = material.more(out)
-    return pasted(program("python"), "-m", "tools.generate", *asking) if asking else ""
+    start, *words = another("tools.generate")
+    return pasted(program(start), *words, *asking) if asking else ""
 
 
 def _memory(run: Run, trainer: Trainer) -> str:

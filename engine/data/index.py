@@ -10,7 +10,7 @@ from typing import Any
 
 from optimizers.contract import UsageError
 
-from ..terminal.command import pasted
+from ..terminal.command import another, pasted
 from .tokenizer import Tokenizer, load_tokenizer
 
 SCHEMA = 1
@@ -23,7 +23,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         schema = index["schema"]
     except (FileNotFoundError, NotADirectoryError):
-        command = pasted("python", "-m", "tools.prepare", folder)
+        command = pasted(*another("tools.prepare"), folder)
         raise UsageError(f"{folder}: no {INDEX}: not prepared, or not to the end; run {command}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / INDEX}: damaged ({error!r}); delete the folder and prepare it again") from None

@@ -4,13 +4,32 @@ import shlex
 import sys
 from pathlib import Path
 
+AS_TYPED = "__command__"  # in the module that is run, where `leanstep` runs it
+
 
 def typed() -> str:
-    """How this program was started, for its usage line: `python -m recipes.snsm`, or `python recipes/snsm.py`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    """How this program was started, for its usage line: `python -m recipes.snsm`, `leanstep snsm`, or
+    `python recipes/snsm.py`."""
+    main = sys.modules["__main__"]
+    if started := getattr(main, AS_TYPED, ""):
+        return str(started)
+    spec = getattr(main, "__spec__", None)
     if spec is None:
         return f"python {sys.argv[0]}"
     return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def module(name: str) -> str:
+    """`name`, such as "tools.generate", as `python -m` takes it here: pip installs all packages in `leanstep`."""
+    return __name__.removesuffix("engine.terminal.command") + name
+
+
+def another(name: str) -> list[str]:
+    """The words that start another command, the module `name` as a clone calls it, in the way this one was started:
+    python -m tools.generate, or leanstep generate."""
+    if started := getattr(sys.modules["__main__"], AS_TYPED, ""):
+        return [*str(started).split()[:-1], name.rpartition(".")[2]]
+    return ["python", "-m", module(name)]
 
 
 def program(name: str) -> str | Path:
