@@ -1,7 +1,8 @@
 """What a model can do: `python -m tools.evaluate RUN|DIR --task gsm8k --data test.jsonl`.
 
     --task gsm8k        questions with answers that end in a number: the share that the model answers with that number.
-                        Greedy, by the model's chat template, without examples; fields "question" and "answer"
+                        Greedy, by the model's chat template, without examples; fields "question" and "answer", or rows
+                        of MAWPS
     --task perplexity   text: its loss, nats per token, in windows of --sequence tokens
 
 RUN is a run's folder, a step-* folder, or a folder with a model as Hugging Face publishes it. Exit codes: 0 done,
@@ -21,6 +22,8 @@ import tyro
 
 from engine.data import Batches, Tokens
 from engine.data.chat.asking import asking
+from engine.data.chat.masks import Fault
+from engine.data.chat.mawps import is_mawps, pair
 from engine.data.files import find as files
 from engine.data.prepare import cached
 from engine.data.request import Request
@@ -134,7 +137,10 @@ def _questions(data: tuple[str, ...]) -> Iterator[Question]:
     for path in files(data).files:
         for row in reading(path, None):
             record = row.record or {}
-            question, answer = record.get("question"), record.get("answer")
+            try:
+                question, answer = pair(record) if is_mawps(record) else (record.get("question"), record.get("answer"))
+            except Fault as error:
+                raise UsageError(f"{path}, {row.place}: {error}") from None
             number = number_of(answer) if isinstance(answer, str) else None
             if not isinstance(question, str) or number is None:
                 raise UsageError(

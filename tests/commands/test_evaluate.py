@@ -46,6 +46,11 @@ def test_questions_are_counted_whatever_their_order(tmp_path: Path, monkeypatch:
     assert done.code == 0 and "exact match 4 of 5, 80.0%" in done.out, done
     assert width == [2, 2, 1]
     assert "exact match 2 of 2," in tool(tmp_path, f"{line} --limit 2").out
+    problem = {"sQuestion": "xxx", "lEquations": ["X=1+2"], "lSolutions": [3.0]}
+    write(tmp_path / "m.jsonl", [problem, problem | {"sQuestion": "xx"}])
+    assert "exact match 1 of 2, 50.0%" in tool(tmp_path, line.replace("q.jsonl", "m.jsonl")).out
+    write(tmp_path / "m.jsonl", [problem | {"lSolutions": []}])
+    assert "m.jsonl, line 1: lSolutions: got []" in refused(tool(tmp_path, line.replace("q.jsonl", "m.jsonl")), 2)
 
 
 def test_perplexity_is_that_of_the_windows(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.chats import turns
+from helpers.chats import GENERATION, turns
 from helpers.finetuning import FLAGS, folder, rows, write
 from helpers.grids import few
 from helpers.runs import assert_identical, column, finish, here, refused, start, tool
@@ -53,6 +53,8 @@ def test_a_run_shows_an_example_evaluates_samples_and_keeps_the_best(tmp_path: P
     assert f"best         run/step-{int(lowest):08d}" in done.out
     assert "general text, nats per token: " in done.out and "tools.generate run --chat" in done.out
     assert (run / "tokenizer/chat_template.jinja").is_file()
+    events = b"".join(file.read_bytes() for file in run.rglob("events.*"))
+    assert events.count(b"sample/1/text_summary") == 4, "TensorBoard has the sample of each evaluation"
 
 
 def test_about_two_in_a_hundred_are_held_out_unless_it_is_said(tmp_path: Path) -> None:
@@ -204,7 +206,11 @@ BAD = {
     "finetune model --data chats.jsonl --freeze .": "match every parameter, so there is nothing to train; freeze fewer",
     "finetune model --data chats.jsonl --sequence 8": "chats.jsonl, line ",
     "finetune model --data empty.jsonl": "empty.jsonl, line 1: message 2 (assistant) is empty",
-    "finetune model --data role.jsonl --train-on last": "role",
+    "finetune strict --data role.jsonl": "role.jsonl, line 1: message 2: the chat template writes nothing of a",
+    "finetune strict --data alone.jsonl": "alone.jsonl, line 2: no message of the assistant to train on (roles: user)",
+    "finetune model --data long.jsonl": "sequence of 48 tokens; the longest, long.jsonl, line 1, has 100,0",
+    "finetune model --data long.jsonl --longer cut": "long.jsonl, line 1: cut to 48 tokens, of which none is trained;",
+    "finetune other --data chats.jsonl": "q_proj.weight: got the shape [64, 32], expected [128, 32] by config.json;",
     "finetune model --data chats.jsonl --tokenizer large": "expected at most 320, that of the model in model",
     "finetune bare --data chats.jsonl": "needs a chat template, and bare has none",
     "finetune model --data chats.jsonl --optimizer omgd --rank 4": "--rank: omgd has no such option",
@@ -217,7 +223,15 @@ def test_what_is_refused(tmp_path: Path, line: str) -> None:
     folder(tmp_path)
     shutil.copytree(tmp_path / "model", tmp_path / "bare")
     write(tmp_path / "empty.jsonl", [{"messages": turns("a", "")}])
-    write(tmp_path / "role.jsonl", [{"messages": [*turns("a"), {"role": "narrator", "content": "b"}]}, *rows(2)])
+    narrated = [*turns("a"), {"role": "narrator", "content": "b"}, {"role": "assistant", "content": "c"}]
+    write(tmp_path / "role.jsonl", [{"messages": narrated}, *rows(2)])
+    write(tmp_path / "alone.jsonl", [*rows(1), {"messages": turns("a")}])
+    write(tmp_path / "long.jsonl", [{"messages": turns("x" * 100_000, "y")}, *rows(3)])
+    shutil.copytree(tmp_path / "model", tmp_path / "strict")
+    (tmp_path / "strict/chat_template.jinja").write_text(GENERATION)
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    shape = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(shape | {"head_dim": 32}))
     (tmp_path / "short.txt").write_text("a b")
     tokens = json.loads((tmp_path / "model/tokenizer.json").read_text())
     shutil.copytree(tmp_path / "bare", tmp_path / "large")
