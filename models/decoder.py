@@ -115,6 +115,15 @@ class Decoder(nn.Module):
         """Elements of all parameters, a tied one counted once."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def embedding(self) -> Tensor:
+        """The matrix of tokens (V, C)."""
+        return self.model.embed_tokens.weight
+
+    def hidden(self, input_ids: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        """Normed hidden states (B, T, C) of input_ids (B, T); with `caches` the tokens continue those in them."""
+        return self.model(input_ids, caches)
+
     def logits(self, x: Tensor) -> Tensor:
         """Normed hidden states (..., C) -> logits (..., V), in x's dtype."""
         return F.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
@@ -133,7 +142,7 @@ class Decoder(nn.Module):
         """
         x, targets = self.model(input_ids).flatten(0, 1), targets.flatten()
         parts = zip(x.split(chunk), targets.split(chunk), strict=True)
-        return torch.stack([_summed(self.logits(h), t) for h, t in parts]).sum() / (targets != IGNORED).sum()
+        return torch.stack([summed(self.logits(h), t) for h, t in parts]).sum() / (targets != IGNORED).sum()
 
     def caches(self, limit: int, batch: int = 1) -> list[Cache]:
         """One empty cache a layer, with room for `limit` tokens."""
@@ -170,7 +179,7 @@ def block(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
 
 def summed_loss(module: nn.Module, x: Tensor | None, batch: Batch) -> Tensor:
     """Last segment: x (..., C) and batch["targets"] (...) -> summed cross entropy, 0-d float32."""
-    return _summed(module(x), batch["targets"])
+    return summed(module(x), batch["targets"])
 
 
 def draw_normal(p: Tensor, std: float, generator: torch.Generator) -> None:
@@ -188,5 +197,6 @@ def _slices(size: int) -> Iterator[tuple[int, int]]:
     yield from itertools.pairwise(cuts)
 
 
-def _summed(logits: Tensor, targets: Tensor) -> Tensor:
+def summed(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross entropy of logits (..., V) over targets (...) that are not IGNORED, 0-d float32."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .llama import Llama
+from .weights import Model
 
 
 def probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -27,7 +27,7 @@ def probabilities(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 
 
 def generate(
-    model: Llama,
+    model: Model,
     ids: Sequence[int],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -68,7 +68,7 @@ def generate(
 
 @torch.no_grad()
 def _stream(
-    model: Llama,
+    model: Model,
     ids: Sequence[int],
     new: int,
     temperature: float,
@@ -78,11 +78,11 @@ def _stream(
     ends: tuple[int, ...],
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
-    device = model.model.embed_tokens.weight.device
+    device = model.embedding.device
     caches = model.caches(limit=len(ids) + new - 1)
     unread = list(ids)
     for _ in range(new):
-        x = model.model(torch.tensor([unread], device=device), caches)  # (1, T, C); T is 1 after the prompt
+        x = model.hidden(torch.tensor([unread], device=device), caches)  # (1, T, C); T is 1 after the prompt
         logits = model.logits(x[0, -1])
         if not logits.isfinite().all():
             raise FloatingPointError("logits: got nan or infinity, expected finite numbers; use an earlier checkpoint")
@@ -96,7 +96,7 @@ def _stream(
 
 @torch.no_grad()
 def answers(
-    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
+    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
 ) -> list[list[int]]:
     """The likeliest continuation of each prompt, all of them together: until one of `ends` (left out), the last
     position, or `max_new_tokens`.
@@ -105,7 +105,7 @@ def answers(
     on a token a step, a longer prompt's own until it is over. Raises ValueError for an empty prompt or one that is
     longer than the model.
     """
-    positions, device = model.config.max_position_embeddings, model.model.embed_tokens.weight.device
+    positions, device = model.config.max_position_embeddings, model.embedding.device
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     if not 0 < shortest <= longest <= positions:
         raise ValueError(f"prompt: got {shortest} to {longest} tokens, expected 1 to {positions}; shorten it")
@@ -115,7 +115,7 @@ def answers(
     open_rows = set(range(len(prompts)))
     unread = torch.tensor([list(prompt[:shortest]) for prompt in prompts], device=device)
     for at in range(shortest, stop):
-        drawn = model.logits(model.model(unread, caches)[:, -1]).argmax(-1).tolist()
+        drawn = model.logits(model.hidden(unread, caches)[:, -1]).argmax(-1).tolist()
         following = [prompt[at] if at < len(prompt) else drawn[i] for i, prompt in enumerate(prompts)]
         for i in [i for i in open_rows if at >= len(prompts[i])]:
             if following[i] in ends or len(found[i]) == max_new_tokens:

@@ -8,7 +8,8 @@ what was expected, and what to do.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,18 @@ from torch import Tensor
 from . import shards
 from .config import DecoderConfig
 from .decoder import Decoder
+from .gpt2 import Gpt2
+from .gpt2_config import Gpt2Config, is_gpt2
 from .shards import Stored
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TABLES = ".rotary_emb.inv_freq"  # tables that old files hold beside the weights
-OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TABLES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # that old files hold beside the weights
+OUTPUT, EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "transformer.wte.weight")
+BARE = re.compile(r"(?:wte|wpe|ln_f|h\.\d+)\.")  # names of a GPT-2 that was published without its head
+
+Config = DecoderConfig | Gpt2Config
+Model = Decoder | Gpt2
 
 
 def is_folder(path: Path) -> bool:
@@ -31,15 +38,20 @@ def is_folder(path: Path) -> bool:
     return (path / CONFIG).is_file() and any((path / name).is_file() for name in (SINGLE, INDEX, *PICKLES))
 
 
-def config_of(folder: Path) -> DecoderConfig:
+def parsed(config: Mapping[str, Any]) -> Config:
+    """The shape that a config.json says. Raises ValueError where no model here has it."""
+    return Gpt2Config.from_hf(config) if is_gpt2(config) else DecoderConfig.from_hf(config)
+
+
+def config_of(folder: Path) -> Config:
     """The shape of the model in a folder. Raises ValueError where there is none, or one that is not known here."""
     try:
-        return DecoderConfig.from_hf(read_json(folder / CONFIG))
+        return parsed(read_json(folder / CONFIG))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Model:
     """The model in a folder, in evaluation mode; without `dtype` in that of its embedding. Raises ValueError."""
     stored = tensors_of(folder)
     model = empty(config_of(folder)).to(dtype or dtype_of(stored))
@@ -49,16 +61,21 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: torch.device | 
     return model.eval()
 
 
-def empty(config: DecoderConfig) -> Decoder:
+def empty(config: Config) -> Model:
     """A model without memory."""
     with torch.device("meta"):
-        return Decoder(config)
+        return Gpt2(config) if isinstance(config, Gpt2Config) else Decoder(config)
 
 
 def dtype_of(stored: Mapping[str, Stored]) -> torch.dtype:
     """The dtype of the embedding, as that of the whole."""
-    first = stored.get(EMBEDDING) or next(iter(stored.values()))
+    first = stored[embedding_of(stored)] if embedding_of(stored) else next(iter(stored.values()))
     return shards.DTYPES.get(first.dtype, torch.float32)
+
+
+def embedding_of(names: Collection[str]) -> str:
+    """The embedding among these names, "" where there is none."""
+    return next((name for name in EMBEDDINGS if name in names), "")
 
 
 def tensors_of(folder: Path) -> dict[str, Stored]:
@@ -73,6 +90,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         for name, stored in shards.head(file).items():
+            name = f"transformer.{name}" if BARE.match(name) else name
             if name in found:
                 raise ValueError(f"{file}: {name}: is in {found[name].file.name} too; fetch the folder again")
             if not name.endswith(TABLES):
@@ -99,7 +117,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def check(model: Decoder, stored: Mapping[str, Stored], folder: Path) -> None:
+def check(model: Model, stored: Mapping[str, Stored], folder: Path) -> None:
     """Raises ValueError where a folder's tensors are not the model's: names, shapes, dtypes, and what is tied."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if name.rpartition(".")[2] not in "PB"}
     if missing := [name for name in expected if name not in stored]:
@@ -112,10 +130,10 @@ def check(model: Decoder, stored: Mapping[str, Stored], folder: Path) -> None:
         )
     strangers = [name for name in stored if name not in expected]
     if strangers == [OUTPUT] and model.lm_head is None:
-        if not shards.equal(stored[OUTPUT], stored[EMBEDDING]):
+        if not shards.equal(stored[OUTPUT], stored[embedding_of(expected)]):
             raise ValueError(
-                f"{stored[OUTPUT].file}: {OUTPUT}: got other numbers than {EMBEDDING}, to which {CONFIG} ties it; "
-                "set tie_word_embeddings to false in it"
+                f"{stored[OUTPUT].file}: {OUTPUT}: got other numbers than {embedding_of(expected)}, to which {CONFIG} "
+                "ties it; set tie_word_embeddings to false in it"
             )
         strangers = []
     if strangers:
@@ -147,7 +165,7 @@ def fill(params: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
         shards.read_into(stored[name], p.data)
 
 
-def check_vocabulary(size: int, config: DecoderConfig, tokenizer: str, folder: Path) -> None:
+def check_vocabulary(size: int, config: Config, tokenizer: str, folder: Path) -> None:
     """Raises ValueError where a tokenizer has more tokens than the model; a model may have rows to spare."""
     if size > config.vocab_size:
         raise ValueError(

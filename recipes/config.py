@@ -183,7 +183,7 @@ class TrainConfig(LanguageConfig):
     def vocabulary(self) -> int:
         """The tokens of the model, before any data are read. Raises UsageError where the tokenizer cannot be read."""
         if self.init is not None and init.bare(self.init):
-            return init.shape(self.init, 0, "").vocab_size
+            return init.shape(self.init, 0, "", LlamaConfig).vocab_size
         byte = self.tokenizer == "byte"
         return PRESETS[self.model].vocab_size if byte else load_tokenizer(self.tokenizer, self.eos).vocab_size
 
@@ -235,7 +235,7 @@ class TrainConfig(LanguageConfig):
     def shape(self, vocab_size: int) -> LlamaConfig:
         """The model's configuration. Raises UsageError where sizes do not go together."""
         if self.init is not None:
-            return init.shape(self.init, vocab_size, self.tokenizer)
+            return init.shape(self.init, vocab_size, self.tokenizer, LlamaConfig)
         given = {k: v for k, v in dataclasses.asdict(self.size).items() if v is not None}
         if "num_attention_heads" in given:  # a preset's grouping means nothing for another number of heads
             given.setdefault("num_key_value_heads", None)

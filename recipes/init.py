@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from engine.data.ending import TOKENIZER_CONFIG, read_beside
 from models import weights
-from models.config import DecoderConfig
-from models.decoder import Decoder
+from models.gpt2_config import Gpt2Config
+from models.weights import Config, Model
 from optimizers.contract import Params, UsageError
 
+Shape = TypeVar("Shape", bound=Config)
 BESIDE = ("special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
 
 
@@ -26,11 +28,17 @@ def _usage(flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}: {error}") from None
 
 
-def shape(folder: Path, vocabulary: int, tokenizer: str) -> DecoderConfig:
-    """The model's own. Raises UsageError where the tokenizer's vocabulary is larger than the model's."""
+def shape(folder: Path, vocabulary: int, tokenizer: str, kind: type[Shape]) -> Shape:
+    """The model's own. Raises UsageError where it is not of this kind, or the tokenizer's vocabulary is larger."""
     with _usage("--init"):
         config = weights.config_of(folder)
         weights.check_vocabulary(vocabulary, config, tokenizer, folder)
+    if not isinstance(config, kind):
+        got = "a GPT-2" if isinstance(config, Gpt2Config) else "another decoder"
+        raise UsageError(
+            f"--init: got {got} in {folder}, which is not trained here; GPT-2 is by recipes.omgd gpt2 and "
+            "recipes.baseline gpt2, other decoders by all the others"
+        )
     return config
 
 
@@ -54,7 +62,7 @@ def check(folder: Path, sequence: int, read: bool) -> None:
         )
 
 
-def fill(folder: Path, model: Decoder, params: Params) -> None:
+def fill(folder: Path, model: Model, params: Params) -> None:
     """The folder's values for parameters that have memory, tensor by tensor."""
     with _usage("--init"):
         stored = weights.tensors_of(folder)

@@ -31,9 +31,9 @@ from engine.data.text import reading
 from engine.data.tokenizer import Tokenizer
 from engine.terminal.flags import ask
 from models import weights
-from models.llama import Llama
 from models.sampling import answers
 from models.segment import IGNORED
+from models.weights import Model
 from optimizers.contract import UsageError
 
 from . import chat
@@ -91,7 +91,7 @@ def evaluate(config: Evaluate) -> None:
         raise UsageError(str(error).splitlines()[0]) from None
 
 
-def exact_match(config: Evaluate, model: Llama, tokenizer: Tokenizer, beside: Path) -> str:
+def exact_match(config: Evaluate, model: Model, tokenizer: Tokenizer, beside: Path) -> str:
     """Questions in the order of their length, so that those answered together are of about one. Raises ValueError."""
     questions = list(_questions(config.data))[: config.limit]
     template, ends = chat.template_of(beside), chat.settings(beside, tokenizer).ends
@@ -109,11 +109,11 @@ def exact_match(config: Evaluate, model: Llama, tokenizer: Tokenizer, beside: Pa
     )
 
 
-def perplexity(config: Evaluate, model: Llama, tokenizer: Tokenizer, beside: Path) -> str:
+def perplexity(config: Evaluate, model: Model, tokenizer: Tokenizer, beside: Path) -> str:
     """Raises ValueError."""
     folder = cached(Path("runs/.data"), Request(config.data, (), str(beside) if tokenizer.files else "byte"))
     tokens = Tokens(folder)
-    total, count, device = 0.0, 0, model.model.embed_tokens.weight.device
+    total, count, device = 0.0, 0, model.embedding.device
     with torch.no_grad():
         for batch in Batches(tokens, config.sequence).evaluation(config.batch, config.limit):
             known = int((batch["targets"] != IGNORED).sum())

@@ -25,7 +25,7 @@ from engine.checkpoint import CheckpointError
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.terminal.flags import ask
 from models import encoder_weights, shards, weights
-from models.config import DecoderConfig
+from models.weights import Config
 from optimizers.contract import UsageError
 
 from . import export_encoder, tokenizer_files
@@ -120,7 +120,7 @@ def _encoder(folder: Path, config: Export) -> tuple[Write, torch.dtype]:
     return lambda fresh, dtype, largest: export_encoder.write(fresh, made, dtype, largest, tokenizer), made[2]
 
 
-Source = tuple[DecoderConfig, dict[str, tuple[int, ...]], torch.dtype, Callable[[str], Tensor]]
+Source = tuple[Config, dict[str, tuple[int, ...]], torch.dtype, Callable[[str], Tensor]]
 
 
 def _source(folder: Path) -> Source:
@@ -150,7 +150,7 @@ def _source(folder: Path) -> Source:
 
 def _write(
     folder: Path,
-    config: DecoderConfig,
+    config: Config,
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     get: Callable[[str], Tensor],

@@ -38,8 +38,8 @@ from engine.data.tokenizer import KEPT, Tokenizer, load_tokenizer
 from engine.terminal.flags import ask
 from engine.terminal.output import printable
 from models import weights
-from models.llama import Llama, LlamaConfig
 from models.sampling import generate
+from models.weights import Model
 from optimizers.wrappers.rso import merge
 
 from . import chat
@@ -102,14 +102,14 @@ def published(folder: Path) -> bool:
     return weights.is_folder(folder) and not (folder / TRAINER).is_file()
 
 
-def load_model(folder: Path, device: torch.device, record: dict[str, Any] | None = None) -> Llama:
+def load_model(folder: Path, device: torch.device, record: dict[str, Any] | None = None) -> Model:
     """The model in a checkpoint or Hugging Face folder, in the dtype it was saved in; `record` is what `verify` gave of
     it, where that was asked already. Raises CheckpointError where it is not whole, ValueError where Hugging Face's
     is not."""
     if published(folder):
         return weights.load(folder, device=device)
     try:
-        config = LlamaConfig.from_hf(_read_json(folder / CONFIG))
+        config = weights.parsed(_read_json(folder / CONFIG))
         if in_products(folder):
             saved = load(folder, record)
             tensors = merge(saved.params, saved.state)
@@ -117,8 +117,7 @@ def load_model(folder: Path, device: torch.device, record: dict[str, Any] | None
             tensors = load_file(folder / MODEL)
     except (ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
-    with torch.device("meta"):
-        model = Llama(config)
+    model = weights.empty(config)
     model.to(next(iter(tensors.values())).dtype).to_empty(device=device)
     restore_into(dict(model.named_parameters()), tensors)
     return model.eval()
@@ -201,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _continue(args: Generate, folder: Path, model: Llama, tokenizer: Tokenizer) -> None:
+def _continue(args: Generate, folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """The prompt and what follows it. Raises ValueError."""
     ids, remark = prompt_ids(tokenizer, args.prompt, model.config.max_position_embeddings)
     first = [] if args.tokenizer else opening(folder)
@@ -214,7 +213,7 @@ def _continue(args: Generate, folder: Path, model: Llama, tokenizer: Tokenizer) 
     print()
 
 
-def _chat(args: Generate, folder: Path, model: Llama, tokenizer: Tokenizer) -> None:
+def _chat(args: Generate, folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """Answers. Raises ValueError."""
     where = chat.beside(folder, args.tokenizer)
     usual = chat.settings(where, tokenizer)
@@ -228,7 +227,7 @@ def _chat(args: Generate, folder: Path, model: Llama, tokenizer: Tokenizer) -> N
     )
 
 
-def _drawn(args: Generate, model: Llama, ids: Sequence[int], usual: Settings) -> Iterator[int]:
+def _drawn(args: Generate, model: Model, ids: Sequence[int], usual: Settings) -> Iterator[int]:
     """New tokens, by the flags that are given and by what is usual."""
     asked = (args.temperature, args.top_k, args.top_p)
     temperature, top_k, top_p = (own if own is not None else other for own, other in zip(asked, usual[:3], strict=True))

@@ -95,7 +95,7 @@ def test_a_tied_output_matrix_may_be_stored_too_where_it_is_the_same(tmp_path: P
     model = wide(replace(SMALL, tie_word_embeddings=True))
     folder = written(tmp_path, model)
     content = load_file(folder / weights.SINGLE)
-    twice = {**content, weights.OUTPUT: content[weights.EMBEDDING].clone()}
+    twice = {**content, weights.OUTPUT: content[weights.EMBEDDINGS[0]].clone()}
     save_file(twice, folder / weights.SINGLE)
     assert_same(weights.load(folder), model)
     twice[weights.OUTPUT][3, 3] += 1
