@@ -19,7 +19,7 @@ from .layers import Cache
 from .packed import Documents, documents_of, seen
 from .segment import IGNORED, Batch, Segment
 
-# GPT-2's sizes as Hugging Face has them, without dropout as nanoGPT pre-trains them, and one for a CPU: 11 M parameters.
+# GPT-2 as Hugging Face has it, without dropout as nanoGPT pre-trains it, and one for a CPU: 11 M parameters.
 PRESETS: dict[str, Gpt2Config] = {
     "demo": Gpt2Config(257, 384, 6, 6),
     "124m": Gpt2Config(),

@@ -4,6 +4,7 @@ python -m recipes.baseline                                              the demo
 python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
 python -m recipes.baseline --optimizer galore --help                    its options among the flags
 python -m recipes.baseline glue --task rte --init MODEL --data FOLDER   fine-tune an encoder on a task of GLUE
+python -m recipes.baseline gpt2                                         a GPT-2 of 11 M parameters; gpt2-paper: 124 M
 """
 
 import re
@@ -17,9 +18,9 @@ from optimizers.rules.adamw import AdamW, adamw
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import duration, traversal
 
-from . import flags
+from . import flags, gpt2
 from .cli import main
-from .config import MATRICES, Setup, TrainConfig, groups_for
+from .config import Setup, TrainConfig, groups_for
 from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, commands, of_table
 from .train import train
 
@@ -39,7 +40,7 @@ class Lisa(AdamW):
 
 def _lisa(name: str, options: Lisa) -> Rule:
     if options.turn_warmup < 0:
-        raise UsageError(f"turn_warmup: got {options.turn_warmup}, expected a number of steps, at least 0")
+        raise UsageError(f"lisa: turn_warmup: got {options.turn_warmup}, expected a number of steps, at least 0")
     return adamw(options.betas, options.eps)
 
 
@@ -81,7 +82,7 @@ class Baseline(TrainConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--match {pattern!r} is no regular expression: {error}") from None
-        if self.match not in ((), (MATRICES,)) and self.rule().name == "adamw" and self.rest_lr is None:
+        if self.match not in ((), (self.matrices,)) and self.rule().name == "adamw" and self.rest_lr is None:
             raise UsageError("--match: AdamW trains everything here, all at --lr; give --rest-lr, or leave --match out")
 
 
@@ -96,17 +97,25 @@ class Glue(GlueConfig, Baseline):
         return of_table(task, OMGD_RATES, OMGD_BATCHES, "arXiv 2603.05960, Table 7,")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gpt2(gpt2.Gpt2Train, Baseline):
+    recipe = "baseline-gpt2"
+
+
 PRESETS: Mapping[str, tuple[str, Any]] = {
     "glue": ("Fine-tune a BERT or RoBERTa on a task of GLUE; lr ours, not tuned.", Glue(**HERE, lr=1e-4)),
+    "gpt2": ("Train a GPT-2 of 11 M parameters; settings ours, lr not tuned: see recipes/gpt2.py.", Gpt2(**gpt2.HERE)),
+    "gpt2-paper": ("The GPT-2 of OMGD (section 5.4) under full AdamW; see recipes/gpt2.py.", Gpt2(**gpt2.PAPER)),
 }
 
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Baseline:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    if flags.typed(args)[:1] == ["glue"]:
-        found: Glue = flags.parse_presets(commands(PRESETS, args), args, program, __doc__)
+    words = flags.typed(args)
+    if words and words[0] in PRESETS:
+        found: Baseline = flags.parse_presets(commands(PRESETS, words), words, program, __doc__)
         return found
-    return flags.parse(Baseline(), args, program, __doc__)
+    return flags.parse(Baseline(), words, program, __doc__)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from engine.step.segments import Batch
 from engine.tasks import language
 from engine.tasks.config import LanguageConfig
 from models.llama import PRESETS, Llama, LlamaConfig
-from models.weights import CONFIG
+from models.weights import CONFIG, Config
 from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
 from optimizers.partition import partition, trainable
 from optimizers.random import Key
@@ -78,6 +78,8 @@ class TrainConfig(LanguageConfig):
 
     recipe: ClassVar[str] = ""  # the module in recipes/, and what else tells its runs from others
     about: ClassVar[tuple[str, ...]] = ("init", "model", "size", "prompt")  # what a swap of the optimizer leaves
+    sizes: ClassVar[Mapping[str, Any]] = PRESETS  # that --model names
+    kind: ClassVar[type[Config]] = LlamaConfig  # of their shapes
     matrices: ClassVar[str] = MATRICES
     vectors: ClassVar[str] = VECTORS
     blocks: ClassVar[str] = BLOCKS
@@ -183,9 +185,9 @@ class TrainConfig(LanguageConfig):
     def vocabulary(self) -> int:
         """The tokens of the model, before any data are read. Raises UsageError where the tokenizer cannot be read."""
         if self.init is not None and init.bare(self.init):
-            return init.shape(self.init, 0, "", LlamaConfig).vocab_size
+            return init.shape(self.init, 0, "", self.kind).vocab_size
         byte = self.tokenizer == "byte"
-        return PRESETS[self.model].vocab_size if byte else load_tokenizer(self.tokenizer, self.eos).vocab_size
+        return int(self.sizes[self.model].vocab_size) if byte else load_tokenizer(self.tokenizer, self.eos).vocab_size
 
     def network(self, vocabulary: int) -> Any:
         """The model, for a tokenizer of so many tokens: called where tensors have no memory. It has `segments()`,
@@ -232,7 +234,7 @@ class TrainConfig(LanguageConfig):
         """Every field as JSON can hold it, and the recipe."""
         return {k: value for k, value in super().plain().items() if k != "lr_of"} | {"recipe": self.recipe}
 
-    def shape(self, vocab_size: int) -> LlamaConfig:
+    def shape(self, vocab_size: int) -> Any:
         """The model's configuration. Raises UsageError where sizes do not go together."""
         if self.init is not None:
             return init.shape(self.init, vocab_size, self.tokenizer, LlamaConfig)

@@ -4,6 +4,7 @@
     python -m recipes.omgd pretrain                a LLaMA, 2 of 6 layers at a time, on the standard library's sources
     python -m recipes.omgd pretrain --optimizer snsm --active 3 --period 1epoch --model 130m --data corpus/*.jsonl.xz
     python -m recipes.omgd glue --task rte --init MODEL --data FOLDER       a BERT or RoBERTa, on a task of GLUE
+    python -m recipes.omgd gpt2                    a GPT-2 of 11 M parameters; gpt2-paper: the paper's
     python -m recipes.omgd memory                  what training LLaMA-7B holds, as the paper counts and as this engine
 
 `pretrain --replacement` is LISA (also `python -m recipes.baseline --optimizer lisa`).
@@ -30,7 +31,7 @@ from optimizers.wrappers.norms import NormMasks, norm_masks
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import coordinates, duration, gives_up, layers, tensors, traversal
 
-from . import flags, snsm
+from . import flags, gpt2, snsm
 from .cli import main
 from .config import MATRICES, Setup, TrainConfig
 from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, commands, of_table
@@ -150,6 +151,11 @@ class Glue(GlueConfig, Pretrain):
         return {**own, "active": 4, "period": "2epoch", "seed": 42}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gpt2(gpt2.Gpt2Train, Pretrain):
+    recipe = "omgd-gpt2"
+
+
 def schedule(config: Pretrain, params: Params, epoch: int, key: Key) -> Choice:
     """The masks that the flags ask for, `epoch` steps being a pass over the data."""
     if config.choose == "norms":
@@ -265,6 +271,14 @@ COMMANDS: dict[str, tuple[str, Any]] = {
     "glue": (
         "Fine-tune a BERT or RoBERTa on a task of GLUE, 2 layers at a time, an epoch each; lr ours, not tuned.",
         Glue(**HERE, lr=1e-4, period="1epoch"),
+    ),
+    "gpt2": (
+        "Train a GPT-2 of 11 M parameters, 3 of 6 layers at a time; settings ours, lr not tuned: see recipes/gpt2.py.",
+        Gpt2(**gpt2.HERE, active=3, mask_warmup="4step"),
+    ),
+    "gpt2-paper": (
+        "The paper's GPT-2 (section 5.4): 124 M parameters, 3 of 12 layers at a time; see recipes/gpt2.py.",
+        Gpt2(**gpt2.PAPER, active=3, mask_warmup="1000step"),
     ),
     "memory": ("Weights, gradients and optimizer state of training a LLaMA, from its shapes alone.", Memory()),
 }

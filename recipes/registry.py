@@ -18,10 +18,12 @@ from .config import TrainConfig
 CONFIGS = {  # a recipe's name in a checkpoint -> its module and class
     "baseline": ("baseline", "Baseline"),
     "baseline-glue": ("baseline", "Glue"),
+    "baseline-gpt2": ("baseline", "Gpt2"),
     "finetune": ("finetune", "Finetune"),
     "lora": ("lora", "Lora"),
     "omgd": ("omgd", "Pretrain"),
     "omgd-glue": ("omgd", "Glue"),
+    "omgd-gpt2": ("omgd", "Gpt2"),
     "rso": ("rso", "Rso"),
     "rso-glue": ("rso", "Glue"),
     "snsm": ("snsm", "Snsm"),

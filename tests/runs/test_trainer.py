@@ -50,6 +50,8 @@ RUNS = {
         "omgd pretrain --active 1 --period 5step --turn-warmup 4 --optimizer sumo --rank 4 --update-proj-gap 7"
     ),
     "lisa, rates rising in the middle of a turn": "baseline --optimizer lisa --active 1 --period 5step --turn-warmup 4",
+    "gpt2 under omgd over sumo": "omgd gpt2 --active 1 --period 5step --optimizer sumo --rank 4 --update-proj-gap 7",
+    "gpt2 under lisa, documents apart": "baseline gpt2 --optimizer lisa --active 1 --period 5step --documents apart",
     "omgd by norms": "omgd pretrain --choose norms --active 1 --period 4step",
     "omgd by norms over snsm, kept, bf16": (
         "omgd pretrain --choose norms --over snsm --rank 4 --update-proj-gap 7 --active 1 --period 5step "
