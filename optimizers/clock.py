@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .contract import Kind, Slots, declare
 
-CLOCK = declare(step=Kind.COUNTER, bias_correction=Kind.COUNTER)
+STEP, CORRECTION = "step", "bias_correction"
+CLOCK = declare(**{STEP: Kind.COUNTER, CORRECTION: Kind.COUNTER})
 
 
 def clock(p: Tensor) -> Slots:
@@ -14,7 +15,7 @@ def clock(p: Tensor) -> Slots:
     The pair is one tensor because torch 2.13 loses, without a word, what a compiled function writes into a 0-d
     float64 tensor on the CPU.
     """
-    return {"step": p.new_zeros((), dtype=torch.float32), "bias_correction": p.new_zeros(2, dtype=torch.float64)}
+    return {STEP: p.new_zeros((), dtype=torch.float32), CORRECTION: p.new_zeros(2, dtype=torch.float64)}
 
 
 def tick(slots: Slots, betas: tuple[float, float]) -> tuple[Slots, Tensor, Tensor]:
@@ -23,5 +24,5 @@ def tick(slots: Slots, betas: tuple[float, float]) -> tuple[Slots, Tensor, Tenso
     The corrections are carried by c <- beta c + (1 - beta) because a power of the step inside a fused update is
     evaluated again for every vector of the tensor (1.6 times the time of a whole AdamW update).
     """
-    c1, c2 = (c * beta + (1 - beta) for c, beta in zip(slots["bias_correction"], betas, strict=True))
-    return {"step": slots["step"] + 1, "bias_correction": torch.stack([c1, c2])}, c1.float(), c2.float()
+    c1, c2 = (c * beta + (1 - beta) for c, beta in zip(slots[CORRECTION], betas, strict=True))
+    return {STEP: slots[STEP] + 1, CORRECTION: torch.stack([c1, c2])}, c1.float(), c2.float()

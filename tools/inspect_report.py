@@ -8,7 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from engine.inspection.measures import KINDS, MEASURES, Look, counts, summary
+from engine.inspection.measures import MEASURES, Look
+from engine.inspection.slots import KINDS
+from engine.inspection.summary import counts, summary
 
 from .inspect_page import place
 

@@ -16,7 +16,7 @@ from ..checkpoint import Reader, WriteError
 from ..checkpoint.rules import rules_head
 from ..checkpoint.saver import NotDeleted, Saver
 from ..config import RunConfig
-from ..inspection import measures
+from ..inspection import summary
 from ..step.step import Result, Step
 from ..task import Task
 from ..terminal import signals
@@ -249,7 +249,7 @@ class Trainer:
 
     def _look(self) -> dict[str, float]:
         factor, rounded = self.schedule.factor(self.done - 1), not self.step.stochastic_rounding
-        return measures.scalars(self.step.params, self.step.state, self.step.optimizer.owner, factor, rounded)
+        return summary.scalars(self.step.params, self.step.state, self.step.optimizer.owner, factor, rounded)
 
     def _wait_for_device(self) -> None:
         if self.step.device.type == "cuda":

@@ -10,6 +10,8 @@ from ..contract import Hyper, Kind, Rule, Slot, Slots
 from ..moments import Moments
 from ..random import Key
 
+ENTRIES = "entries"  # the slot that says which entries of a tensor train
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -76,17 +78,17 @@ def gathered(rule: Rule, masks: int) -> Rule:
 
     def init(p: Tensor) -> Slots:
         entries = torch.arange(p.numel() // masks, dtype=torch.int32, device=p.device)
-        return {**rule.init(p.detach().flatten()[: len(entries)]), "entries": entries}
+        return {**rule.init(p.detach().flatten()[: len(entries)]), ENTRIES: entries}
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
-        entries = slots["entries"]
+        entries = slots[ENTRIES]
         where = entries.long()
-        own = {slot: t for slot, t in slots.items() if slot != "entries"}
+        own = {slot: t for slot, t in slots.items() if slot != ENTRIES}
         delta, new = rule.update(g.flatten()[where], own, p.flatten()[where], hyper)
         if delta is not None:
             still = delta.new_full((p.numel(),), -0.0)  # x + -0 is x for every x, 0 would change -0
             delta = still.scatter(0, where, delta).view(p.shape)
-        return delta, {**new, "entries": entries}
+        return delta, {**new, ENTRIES: entries}
 
-    slots = (*rule.slots, Slot("entries", Kind.INDEX, given=True))
+    slots = (*rule.slots, Slot(ENTRIES, Kind.INDEX, given=True))
     return Rule(rule.name, Gathered(masks, rule.options), slots, init, update)

@@ -29,7 +29,7 @@ from ..partition import blank
 from ..random import Key
 from ..state import parked_by, place, with_status
 from .choice import STATE, TURN_WARMUP, Choice
-from .masked import gathered, scaled
+from .masked import ENTRIES, gathered, scaled
 from .norms import NormMasks
 from .traversal import Traversal
 from .warmup import AGE, unused, warming
@@ -190,7 +190,7 @@ class Omgd(Wrapper):
         assert isinstance(self.masks, Traversal)
         entries = self.masks.entries(name, p.numel(), step).to(p.device)
         slots = self.base.init({name: p.detach().flatten()[: len(entries)]}, 0, shared)[name]
-        return {name: self._marked({**slots, "entries": entries}, p, step)}
+        return {name: self._marked({**slots, ENTRIES: entries}, p, step)}
 
     def _marked(self, slots: Slots, p: Tensor, step: int) -> Slots:
         """Slots with the scale of the mask at `step`, and with a turn's steps counted from 0 where they were not."""

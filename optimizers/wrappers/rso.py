@@ -33,7 +33,7 @@ from ..apply import add
 from ..contract import Kind, Optimizer, Params, Rule, Slots, State, UsageError
 from ..random import Key, fold, word
 from ..state import parked_by, place, trains, with_status
-from .subspace import draw, subspace
+from .subspace import B, P, draw, subspace
 from .wrapper import Wrapper
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a LLaMA: modules that read the same x
@@ -77,8 +77,8 @@ class Rso(Wrapper):
                 frozen |= {name: w, f"{stem}P": p, f"{stem}B": b}
                 continue
             slots = state[name]
-            frozen |= {name: w, f"{stem}P": slots["P"]}
-            b = slots["B"].detach() if self.form == "products" else b
+            frozen |= {name: w, f"{stem}P": slots[P]}
+            b = slots[B].detach() if self.form == "products" else b
             trainable[f"{stem}B"] = b.requires_grad_()  # always, or evaluation would be compiled apart
         return trainable, frozen
 
@@ -109,7 +109,7 @@ class Rso(Wrapper):
         for name in [n for n in self.subspaces if n in params and trains(state, n) and not trains(after, n)]:
             if self.form == "products":
                 params |= merge({name: params[name]}, {name: state[name]})
-            held[name] |= {slot: torch.zeros_like(held[name][slot]) for slot in ("B",) if slot in held[name]}
+            held[name] |= {slot: torch.zeros_like(held[name][slot]) for slot in (B,) if slot in held[name]}
         for name in [n for n in after if n in self.subspaces]:
             whole = {**held[name], **after[name]} if name in held else {}
             kept = place(with_status(parked_by(after[name]), whole), params[name].device)
@@ -127,10 +127,10 @@ class Rso(Wrapper):
             old = place(with_status({}, state[name]), w.device)
             if self.form == "products" and not parked:
                 seed = torch.tensor(word(key, "merge", name, step), dtype=torch.int32, device=w.device)
-                params[name] = add(w, old["B"] @ old["P"].float().T, seed)
+                params[name] = add(w, old[B] @ old[P].float().T, seed)
             kept = {slot.name: old[slot.name] for slot in rule.slots if slot.given or self.moments != "reset"}
             if self.moments == "transform":
-                turned = old["P"].float().T @ p.float() * (self.rank / len(p))
+                turned = old[P].float().T @ p.float() * (self.rank / len(p))
                 kept |= {slot: old[slot] @ turned for slot in rule.names(Kind.FIRST)}
             blank = kept if len(kept) == len(rule.slots) else rule.init(self._inner({name: w})[name]) | kept
             state[name] = self._around(name, w, p, with_status(parked, blank))
@@ -160,7 +160,7 @@ class Rso(Wrapper):
 
     def _around(self, name: str, w: Tensor, p: Tensor, slots: Slots) -> Slots:
         """Slots of `base` for a B, with a P that is new, and B = 0."""
-        sizes = {"P": p, "B": w.new_zeros(w.shape[0], self.rank, dtype=torch.float32)}
+        sizes = {P: p, B: w.new_zeros(w.shape[0], self.rank, dtype=torch.float32)}
         made = {slot: sizes.get(slot, w.new_zeros((), dtype=torch.float32)) for slot in self._own(name)} | slots
         return place(with_status(parked_by(slots), made), w.device)
 
@@ -250,7 +250,7 @@ def rso(
 def merge(params: Params, state: State) -> Params:
     """The weights of the form "products" as plain ones: W + B Pᵀ, float32 rounded once. "merged" ones are plain."""
     return params | {
-        name: add(params[name], slots["B"] @ slots["P"].float().T)
+        name: add(params[name], slots[B] @ slots[P].float().T)
         for name, slots in state.items()
         if "B" in slots and name in params and trains(state, name)
     }

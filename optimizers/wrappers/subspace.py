@@ -12,6 +12,8 @@ from ..moments import Moments
 from ..random import Key, normal, permutation
 from .warmup import AGE, rising, unused
 
+P, B = "P", "B"  # slots: the subspace, and what trains in the place of a weight
+
 
 def draw(projection: str, key: Key, size: int, rank: int, device: torch.device | str = "cpu") -> Tensor:
     """P (size, rank), float32, contiguous, with E P Pᵀ = I; a pure function of its arguments."""
@@ -59,12 +61,12 @@ def subspace(
 
     def init(p: Tensor) -> Slots:
         b = p.new_zeros(p.shape[0], rank, dtype=torch.float32)
-        apart = {"B": b} if holds else {}
+        apart = {B: b} if holds else {}
         aged = {age: p.new_zeros((), dtype=torch.float32)} if warmup else {}
-        return {"P": p.new_zeros(p.shape[1], rank), **apart, **aged, **inner.init(b)}
+        return {P: p.new_zeros(p.shape[1], rank), **apart, **aged, **inner.init(b)}
 
     def inward(g: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        return (g.float() + prox * slots["B"] if prox else g), inside(slots)
+        return (g.float() + prox * slots[B] if prox else g), inside(slots)
 
     def refresh(g: Tensor, slots: Slots, key: Key, only_missing: bool = False) -> tuple[Slots, Tensor]:
         assert inner.refresh is not None
@@ -72,7 +74,7 @@ def subspace(
         return slots | new, ok
 
     def update(g: Tensor, slots: Slots, p: Tensor, hyper: Hyper) -> tuple[Tensor | None, Slots]:
-        b = slots["B"] if holds else p.new_zeros(()).expand(p.shape[0], rank)
+        b = slots[B] if holds else p.new_zeros(()).expand(p.shape[0], rank)
         still: Hyper = {**hyper, "weight_decay": torch.zeros_like(hyper["weight_decay"])}
         aged: Slots = {}
         if warmup:
@@ -80,8 +82,8 @@ def subspace(
             still = rising(still, aged[age], warmup)
         step, new = inner.update(*inward(g, slots), b, still)
         assert step is not None, f"{inner.name} moves its tensor"
-        new = slots | new | aged | ({"B": b + step} if holds else {})
-        delta = step @ slots["P"].float().T if form == "merged" else None
+        new = slots | new | aged | ({B: b + step} if holds else {})
+        delta = step @ slots[P].float().T if form == "merged" else None
         if decay:
             shrink = -hyper["lr"] * hyper["weight_decay"] * p.float()
             delta = shrink if delta is None else delta + shrink
@@ -90,7 +92,7 @@ def subspace(
     def export(slots: Slots, p: Tensor) -> Moments:
         assert inner.export is not None
         first, second, seen = inner.export(inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32))
-        basis = slots["P"].float()
+        basis = slots[P].float()
         if first is not None:  # the least G with G P = M
             first = torch.linalg.solve(basis.T @ basis, first.T).T @ basis.T
         if second is not None:  # E (G P)² = E G² P²: of a row its mean is known, no more
@@ -99,20 +101,20 @@ def subspace(
 
     def adopt(moments: Moments, slots: Slots, p: Tensor, key: Key) -> tuple[Slots, str]:
         assert inner.adopt is not None and moments.first is not None and moments.second is not None
-        basis = slots["P"].float()
+        basis = slots[P].float()
         given = Moments(moments.first @ basis, moments.second @ basis.square(), moments.seen)
         new, did = inner.adopt(given, inside(slots), p.new_empty(p.shape[0], rank, dtype=torch.float32), key)
         return slots | new, f"into a random subspace, {did}"
 
-    apart = (Slot("B", Kind.WEIGHT),) if holds else ()
+    apart = (Slot(B, Kind.WEIGHT),) if holds else ()
     aged = (Slot(age, Kind.COUNTER),) if warmup else ()
     return replace(
         inner,
         name=f"rso {inner.name}",
         options=Subspace(rank, form, prox, warmup, decay, inner.options),
-        slots=(Slot("P", Kind.BASIS, given=True), *apart, *aged, *inner.slots),
-        gradient=lambda g, slots: inner_gradient(g @ slots["P"].float(), slots),
-        product=(lambda slots: slots["B"] @ slots["P"].float().T) if form == "products" else None,
+        slots=(Slot(P, Kind.BASIS, given=True), *apart, *aged, *inner.slots),
+        gradient=lambda g, slots: inner_gradient(g @ slots[P].float(), slots),
+        product=(lambda slots: slots[B] @ slots[P].float().T) if form == "products" else None,
         init=init,
         update=update,
         refresh=refresh if inner.refresh else None,

@@ -14,24 +14,31 @@ from rich.console import Console
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
-from engine.checkpoint.rules import RuleRecord, read_rules, rules_head
+from engine.checkpoint.rules import RuleRecord, described, read_rules, rules_head
 from engine.checkpoint.tensorfile import TensorFile
-from engine.inspection import measures
-from engine.inspection.measures import MEASURES, compared, look, overlap, spectrum
+from engine.inspection import matrices, summary
+from engine.inspection import slots as by_kind
+from engine.inspection.matrices import spectrum
+from engine.inspection.measures import MEASURES, adamw_update, compared, look, overlap
 from optimizers import linalg
+from optimizers.clock import CORRECTION, STEP
 from optimizers.contract import Group
 from optimizers.linalg import projections
 from optimizers.random import Key, normal
+from optimizers.registry import RULES
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.snsm import snsm
+from optimizers.rules.sumo import sumo
 from optimizers.state import Parked
-from optimizers.wrappers.masked import scaled
-from optimizers.wrappers.subspace import subspace
+from optimizers.wrappers.masked import ENTRIES, gathered, scaled
+from optimizers.wrappers.subspace import B, P, subspace
 from tools import inspect as tool
 from tools.inspect_report import plain, write_rich
 
 GALORE = f"baseline --optimizer galore --rank 4 --update-proj-gap 5 {TINY} --precision bf16 --weight-decay 0.1"
+
+NOBODY = RuleRecord()
 
 
 def gaussian(*shape: int, key: int = 0) -> torch.Tensor:
@@ -60,8 +67,8 @@ def test_stable_rank_and_leading_share_of_a_known_spectrum():
 def test_the_leading_values_of_a_large_matrix_are_close():
     values = 1 / torch.arange(1, 601.0)
     m = basis(600, 600) @ values.diag() @ basis(600, 600, key=1).T
-    assert m.shape[0] > measures.EXACT
-    assert spectrum(m).shape == (measures.LEADING,)
+    assert m.shape[0] > matrices.EXACT
+    assert spectrum(m).shape == (matrices.LEADING,)
     assert torch.allclose(spectrum(m)[:32], values[:32], rtol=0.02)
 
 
@@ -69,7 +76,7 @@ def test_what_cannot_be_told_is_nan_and_never_an_error():
     for m in (torch.zeros(6, 4), torch.full((6, 4), math.inf), torch.full((6, 4), math.nan)):
         seen = look("w", torch.zeros(6, 4), {"exp_avg": m, "exp_avg_sq": m}, RuleRecord())
         assert math.isnan(seen.measures["first_stable_rank"])
-        assert not [name for name in measures.summary([seen]) if "stable_rank" in name], "left out of the mean"
+        assert not [name for name in summary.summary([seen]) if "stable_rank" in name], "left out of the mean"
     for shape in ((), (0,), (0, 3), (1, 3), (5,)):
         p = torch.ones(shape)
         look("w", p, adamw().init(p), RuleRecord(rule="adamw", options={"eps": 1e-8}))
@@ -88,23 +95,57 @@ def test_overlap_of_subspaces():
     p, eye = gaussian(30, 20), torch.eye(20)
     first, second, half = ({"basis": q} for q in (eye[:, :4], eye[:, 4:8], eye[:, 2:6]))
     turned = {"basis": eye[:, :4] @ basis(4, 4)}
-    got = [overlap(first, other, p) for other in (first, turned, second, half)]
+    got = [overlap(first, other, p, NOBODY, NOBODY) for other in (first, turned, second, half)]
     assert got == pytest.approx([1, 1, 0, 0.5], abs=1e-6)
-    random = [overlap({"basis": basis(20, 4, key=k)}, {"basis": basis(20, 4, key=k + 99)}, p) for k in range(50)]
+    random = [
+        overlap({"basis": basis(20, 4, key=k)}, {"basis": basis(20, 4, key=k + 99)}, p, NOBODY, NOBODY)
+        for k in range(50)
+    ]
     assert sum(random) / 50 == pytest.approx(4 / 20, rel=0.15), "r / side, on average"
     picked = [{"index": torch.tensor(rows)} for rows in ([0, 1, 2], [2, 7, 1])]
-    assert overlap(*picked, p) == pytest.approx(2 / 3)
-    assert overlap(first, {"basis": eye[:, :5]}, p) is None, "of another rank"
+    assert overlap(*picked, p, NOBODY, NOBODY) == pytest.approx(2 / 3)
+    assert overlap(first, {"basis": eye[:, :5]}, p, NOBODY, NOBODY) is None, "of another rank"
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
 def test_a_transformed_basis_is_the_one_that_the_rule_projects_on(shape):
     g = gaussian(*shape)
     slots, _ = projections.draw("srht", g, 5, Key(3))
-    found = measures.subspace(slots, g)
+    found = by_kind.subspace(slots, g, RuleRecord())
     assert found is not None and found[1] is False
     assert torch.allclose(linalg.project(g, found[0]), projections.down(g, slots), atol=1e-5)
-    assert overlap(slots, slots, g) == pytest.approx(1, abs=1e-5)
+    assert overlap(slots, slots, g, NOBODY, NOBODY) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore", "sumo", "muon", "adam_sn", "srht", "topk", "masked", "rso"])
+def test_a_rule_is_measured_by_the_kinds_of_its_slots_whatever_their_names(name):
+    """The same rule with other names for what is its own: no measure is lost."""
+    usual = {"srht": snsm(4, proj_type="srht"), "topk": snsm(4, proj_type="topk"), "sumo": sumo(4), "galore": galore(4)}
+    usual |= {"masked": gathered(adamw(), 2), "rso": subspace(sumo(4), 8, "products")}
+    rule, p = usual.get(name) or RULES[name](), gaussian(24, 16)
+    before = learned(rule, p, 0)
+    after, who = learned(rule, p, 1, before), described(Group("g", rule, ("",), 1e-3))
+    names = {slot: slot if slot in (ENTRIES, P, B, STEP, CORRECTION) else f"own_{slot}" for slot in before}
+    renamed = who._replace(kinds={names[slot]: kind for slot, kind in who.kinds.items()})
+    first, second = ({names[slot]: t for slot, t in slots.items()} for slots in (before, after))
+    usually, otherwise = look("w", p, after, who), look("w", p, second, renamed)
+    assert usually.measures == otherwise.measures and len(usually.measures) > 1
+    assert (usually.rank, list(usually.spectra.values())) == (otherwise.rank, list(otherwise.spectra.values()))
+    moved = p + gaussian(24, 16, key=5)
+    told = [
+        compared((p, old, by), (moved, new, by), 1) for old, new, by in ((before, after, who), (first, second, renamed))
+    ]
+    assert told[0] == told[1]
+
+
+def learned(rule, p, key, slots=None):
+    """The slots after a step, the first of all or another."""
+    slots, g = dict(slots or rule.init(p)), gaussian(*p.shape, key=key)
+    slots |= {P: gaussian(16, 8, key=key + 7)} if P in slots else {}
+    g = rule.gradient(g, slots)
+    slots |= rule.refresh(g, slots, Key(key))[0] if rule.refresh else {}
+    hyper = {"lr": torch.tensor(1e-3), "weight_decay": torch.tensor(0.0)}
+    return {**slots, **rule.update(g, slots, p, hyper)[1]}
 
 
 def test_captured_shares():
@@ -139,7 +180,7 @@ def test_the_update_of_adamw_is_the_one_it_made(eps):
     assert "update_rms" not in look("w", p, slots, who).measures, "there was none yet"
     for k in range(3):
         delta, slots = rule.update(gaussian(8, 6, key=k), slots, p, hyper)
-    found = measures.adamw_update(slots, p, who)
+    found = adamw_update(slots, p, who)
     assert torch.allclose(found, delta, rtol=1e-4, atol=1e-8)
     assert look("w", p, slots, who).measures["update_rms"] == pytest.approx(
         float(delta.square().mean().sqrt()), rel=1e-4

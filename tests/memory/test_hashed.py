@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from engine import checkpoint
 from engine.checkpoint import reader
-from engine.inspection.measures import rms
+from engine.inspection.matrices import rms
 from optimizers.wrappers.rso import merge
 from tools import generate
 from tools import inspect as inspecting
