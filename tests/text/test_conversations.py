@@ -234,6 +234,12 @@ def test_about_the_fraction_is_held_out_whole(tmp_path: Path) -> None:
     assert 0.18 < characters[1] / sum(characters) <= 0.2
 
 
+def test_one_long_example_does_not_hold_out_all_others(tmp_path: Path, model: Path) -> None:
+    rows = [{"messages": turns(f"hi {k}", "ho" * (20_000 if k == 3 else 1))} for k in range(20)]
+    request = ChatRequest(data=(write(tmp_path / "t.jsonl", rows),), tokenizer=str(model), validation_fraction=0.02)
+    assert len(Examples(prepare(tmp_path / "out", request), "validation")) <= 4
+
+
 def test_the_folder_keeps_the_template(tmp_path: Path, model: Path) -> None:
     folder = made(tmp_path, [{"messages": turns("hi", "ho")}], model)
     kept, own = load_template(folder), load_template(model)

@@ -228,7 +228,8 @@ def _folder(tokenizer: str) -> Path | None:
 
 
 def _hold_out(texts: Iterator[tuple[int, str]], fraction: float) -> Split:
-    """About `fraction` of the characters: whole examples in the order of their digests, at least one of each side."""
+    """About `fraction` of the characters: whole examples in the order of their digests, at least one of each side, and
+    of few long examples among short ones not most of the short ones."""
     if not 0 < fraction <= 0.5:
         raise UsageError(f"validation_fraction: got {fraction}; expected more than 0 and at most 0.5")
     sizes: dict[int, int] = {}
@@ -241,7 +242,7 @@ def _hold_out(texts: Iterator[tuple[int, str]], fraction: float) -> Split:
     total, held, taken = sum(sizes.values()), set[int](), 0
     small = [key for key in sorted(sizes) if sizes[key] <= max(fraction, LARGEST) * total]
     for key in small or sorted(sizes)[:1]:
-        if held and taken + sizes[key] > fraction * total:
+        if held and (taken + sizes[key] > fraction * total or len(held) >= 2 * max(fraction, LARGEST) * len(sizes)):
             break
         held.add(key)
         taken += sizes[key]
