@@ -216,6 +216,13 @@ class Optimizer(ABC):
         """The parameter that is moved by the gradient of what `split` calls `trained`."""
         return trained
 
+    def inward(self, name: str, g: Tensor, slots: Slots) -> Tensor:
+        """From the gradient `g` of parameter `name` that of what is trained in its place, which its rule takes.
+
+        For loops that know of parameters only: where the model itself has what stands for one, its gradient is there.
+        """
+        return g
+
     def switches(self, step: int) -> bool:
         """Does something change before this step: a mask, a subspace?"""
         return False

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Optimizer, Rule, UsageError
+from .contract import Group, Optimizer, Rule, UsageError
 from .groups import Groups, rule_of
 from .registry import RULES
 from .routing import check_sharded, flattened
@@ -49,10 +49,10 @@ def options() -> frozenset[str]:
 
 def check_wrapped(optimizer: Optimizer, params: Params, state: State) -> None:
     """Raises UsageError where a wrapper needs what only the engine does."""
-    if odd := optimizer.split(params, state)[0].keys() - params.keys():
+    if apart := [name for name, group in optimizer.owner.items() if group.rule.product]:
         raise UsageError(
-            f"wrap: it trains {min(odd)!r} in the place of a parameter, which a model has to know of; train it with "
-            "the engine, or give masks such as Masks(active=2, period=100)"
+            f"wrap: what it learns of {apart[0]!r} is apart from the weight, where a model has to look for it; "
+            "expected the form 'merged', as Subspaces(rank=128, period=200) has it"
         )
     if optimizer.shared:
         raise UsageError(
@@ -63,6 +63,16 @@ def check_wrapped(optimizer: Optimizer, params: Params, state: State) -> None:
         raise UsageError("wrap: it keeps the state of what is frozen; expected state_policy 'drop'")
     if any(optimizer.batch(step) != step for step in range(1000)):
         raise UsageError("wrap: it orders the batches, which are the loop's; expected order 'epochwise'")
+
+
+def check_decay(groups: Groups, owner: Mapping[str, Group]) -> None:
+    """Raises UsageError for a weight decay that was 0 when the optimizer was wrapped, and may have been left out."""
+    for group in groups:
+        if float(group["weight_decay"]) and any(not owner[name].weight_decay for name in group["param_names"]):
+            raise UsageError(
+                f"group {group['name']!r}: got weight_decay {group['weight_decay']}, expected 0 as when the optimizer "
+                "was wrapped; make it with a weight_decay that is not 0"
+            )
 
 
 def check_owned(state: Mapping[Any, Any], names: Mapping[Tensor, str], masked: bool = False) -> None:

@@ -87,7 +87,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         gradient are left out; where they are to train later, use `add_param_group`.
 
         `wrap` makes an optimizer of the engine into another one, such as `wrappers.masks.Masks`: what it freezes has
-        `requires_grad` False, no gradient and no state until its turn comes, which is at the end of a step.
+        `requires_grad` False, no gradient and no state until its turn comes, which is at the end of a step. Or
+        `wrappers.subspaces.Subspaces`: matrices move in random subspaces, with the state of those.
 
         `seed` is that of all draws; `stagger` rebuilds bases a few tensors a step; `stochastic_rounding` is for
         bfloat16 parameters. Raises UsageError (a ValueError) for what is not honoured, a rank above a side, missing
@@ -152,11 +153,17 @@ class RuleOptimizer(torch.optim.Optimizer):
     def owners(self) -> dict[str, Group]:
         """Every parameter's group, as the engine knows it, by name."""
         owner: dict[str, Group] = {}
-        for group, rule in zip(self.param_groups, self._rules, strict=True):
+        for group in self.param_groups:
             lr, decay = float(group["lr"]), float(group["weight_decay"])
-            made = Group(group["name"], rule, (), lr, decay, group["why"])
-            owner |= {name: made for name, _ in _named(group)}
+            for name, _ in _named(group):
+                rule = self._optimizers[group["added"]].owner[name].rule
+                owner[name] = Group(group["name"], rule, (), lr, decay, group["why"])
         return owner
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What `wrap` does, as the engine's checkpoints say it; nothing without one."""
+        return dict(self.param_groups[0].get("wrapped", {}))
 
     @torch.no_grad()
     def load_named_state(self, state: Mapping[str, Slots], count: int) -> None:
@@ -237,7 +244,8 @@ class RuleOptimizer(torch.optim.Optimizer):
                     named = dict(_named(group))
                     params |= {name: p.detach() for name, p in named.items()}
                     only = "|".join(map(re.escape, named))
-                    owned.append(Group(str(i), self._rules[i], (f"^(?:{only})$",), 0.0))
+                    decay = float(group["weight_decay"])
+                    owned.append(Group(str(i), self._rules[i], (f"^(?:{only})$",), 0.0, decay))
             optimizer = partition(params, owned, self._stagger)
             if self._wrap and added:
                 raise UsageError("add_param_group: what is wrapped takes no more parameters; make a new optimizer")
@@ -310,6 +318,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _check(self) -> None:
         """Raises UsageError where groups, parameters or state are not what they were when the optimizer was made."""
         plugged.check_groups(self.param_groups, self._rules, self._shapes, REFUSED)
+        if self._wrap:
+            plugged.check_decay(self.param_groups, self._optimizers[0].owner)
         names = {p: name for group in self.param_groups for name, p in _named(group)}
         plugged.check_owned(self.state, names, masked=self._wrap is not None)
         for name, ref in self._left.items():
@@ -341,6 +351,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                     raise UsageError(f"{name}: got a sparse gradient, expected a dense one; give sparse=False")
                 plugged.follow(self.state[p], p)
                 g, hyper = -p.grad if group["maximize"] else p.grad, self._hyper(i, group, p.device)
+                g = optimizer.inward(name, g, self.state[p])
                 layer = Layer(block(name), p.device, key, rounding)
                 rule = optimizer.owner[name].rule
                 layers.setdefault(layer, []).append(Moving(name, p.detach(), g, self.state[p], rule, hyper))

@@ -30,7 +30,7 @@ def save_state(opt: RuleOptimizer, file: Path) -> None:
     if len(counts) > 1:
         raise UsageError(f"groups have taken {counts} steps, expected one number; save opt.state_dict() instead")
     state = opt.named_state()
-    head = {**rules_head(opt.owners(), 1.0), **write_status(state), COUNT: str(counts[0])}
+    head = {**rules_head(opt.owners(), 1.0), **opt.metadata, **write_status(state), COUNT: str(counts[0])}
     fresh = file.with_name(f".{file.name}.tmp")
     try:
         write(fresh, flatten(state), head)
@@ -44,7 +44,7 @@ def load_state(opt: RuleOptimizer, source: Path, count: int | None = None) -> in
 
     `source` is a file or a checkpoint's folder, which is verified. `count` is for a file of the engine without its
     folder, which does not say how many steps were taken. Weights are not touched. Raises CheckpointError where it is
-    damaged, of another rule or options or of a wrapped optimizer, UsageError where names, shapes or dtypes differ,
+    damaged, of another rule or options or another wrapper, UsageError where names, shapes or dtypes differ,
     having changed nothing.
     """
     if source.is_dir():
@@ -58,9 +58,14 @@ def load_state(opt: RuleOptimizer, source: Path, count: int | None = None) -> in
             f"{source}: does not say how many steps were taken; give count=..., or its checkpoint's folder"
         )
     owners, parked = read_status(file)
-    if parked or (wrapped := [key for key in file.head if key == "traversal" or key.startswith("rso.")]):
-        said = "parked tensors" if parked else wrapped[0]
-        raise CheckpointError(f"{source}: was saved under a wrapper, which says {said}; expected a plain optimizer")
+    if parked:
+        raise CheckpointError(f"{source}: has parked tensors, which only the engine keeps; expected none")
+    theirs = {key: said for key, said in file.head.items() if key == "traversal" or key.startswith("rso.")}
+    if differ := sorted(key for key in theirs | opt.metadata if file.head.get(key) != opt.metadata.get(key)):
+        raise CheckpointError(
+            f"{source}: {differ[0]}: was saved under {file.head.get(differ[0], 'no such wrapper')}, expected "
+            f"{opt.metadata.get(differ[0], 'none')}; make the optimizer with the same wrapper and seed"
+        )
     _check_rules(source, read_rules(file), opt)
     state: State = {owner: {slot: file.read(key) for slot, key in slots.items()} for owner, slots in owners.items()}
     opt.load_named_state(state, count)

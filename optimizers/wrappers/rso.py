@@ -85,6 +85,11 @@ class Rso(Wrapper):
     def parameter_of(self, trained: str) -> str:
         return self.stands.get(trained) or self.base.parameter_of(trained)
 
+    def inward(self, name: str, g: Tensor, slots: Slots) -> Tensor:
+        """dB = G P, float32, with 1/eta aside, which the rule adds."""
+        g = self.base.inward(name, g, slots)
+        return g.float() @ slots["P"].float() if name in self.subspaces else g
+
     def due(self, step: int, state: State | None = None) -> tuple[str, ...]:
         now = set(self.base.due(step, state))
         if step % self.period == 0:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..contract import Group, Optimizer, Params, Slot, State
+from ..contract import Group, Optimizer, Params, Slot, Slots, State
 from ..random import Key
 
 
@@ -36,6 +36,9 @@ class Wrapper(Optimizer):
 
     def parameter_of(self, trained: str) -> str:
         return self.base.parameter_of(trained)
+
+    def inward(self, name: str, g: Tensor, slots: Slots) -> Tensor:
+        return self.base.inward(name, g, slots)
 
     def switches(self, step: int) -> bool:
         return self.base.switches(step)

@@ -92,7 +92,7 @@ def test_what_a_loop_cannot_follow_is_refused():
         return omgd(base, params, traversal(layers(params), key, active=1, period=2, order="joint"), "grad", "keep")
 
     def subspace(base, params, key):
-        return rso(base, params, ["layers.0.q_proj.weight"], 2, 4, key)
+        return rso(base, params, ["layers.0.q_proj.weight"], 2, 4, key, form="products")
 
     def by_norm(base, params, key):
         return omgd(base, params, norm_masks(layers(params), key, active=1, period=2), "none")
@@ -101,7 +101,7 @@ def test_what_a_loop_cannot_follow_is_refused():
         (by_norm, "depend on the gradient norms"),
         (kept, "state_policy 'drop'"),
         (joint, "drop"),
-        (subspace, "in the place of"),
+        (subspace, "form 'merged'"),
     ):
         with pytest.raises(UsageError, match=match):
             facade(toy(), "adamw", wrap=wrap)
