@@ -5,6 +5,7 @@ python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corp
 python -m recipes.baseline --optimizer galore --help                    its options among the flags
 python -m recipes.baseline glue --task rte --init MODEL --data FOLDER   fine-tune an encoder on a task of GLUE
 python -m recipes.baseline gpt2                                         a GPT-2 of 11 M parameters; gpt2-paper: 124 M
+python -m recipes.baseline resnet --data cifar-10-batches-py            a ResNet-20 on images; or: vit
 """
 
 import re
@@ -12,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import tyro
+
 from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
 from optimizers.registry import RULES
 from optimizers.rules.adamw import AdamW, adamw
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.traversal import duration, traversal
 
-from . import flags, gpt2
+from . import flags, gpt2, vision
 from .cli import main
 from .config import Setup, TrainConfig, groups_for
 from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, commands, of_table
 from .train import train
+from .vision import ResnetConfig, VitConfig
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,38 @@ class Gpt2(gpt2.Gpt2Train, Baseline):
     recipe = "baseline-gpt2"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resnet(ResnetConfig, Baseline):
+    match: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    recipe = "baseline-resnet"
+
+    @classmethod
+    def published(cls, preset: str) -> Mapping[str, Any]:
+        """SGDM of arXiv 2603.05960, Table 4: Nesterov momentum of 0.9, lr 0.1, 200 epochs of batches of 256 (ImageNet,
+        ResNet-18: 100 of 512); by its code rates fall at 1/2 and 3/4 (CIFAR-100: at 60, 120, 150, to a fifth)."""
+        return {**vision.RESNETS[preset], "options": RULES["sgd"].default(momentum=0.9, nesterov=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vit(VitConfig, Baseline):
+    match: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    recipe = "baseline-vit"
+
+    @classmethod
+    def published(cls, preset: str) -> Mapping[str, Any]:
+        """AdamW of arXiv 2603.05960, Table 5: 1e-4, decay 1e-4, batches of 512, times 0.95 every 2 epochs, of
+        vit-base-patch16-224-in21k (--init)."""
+        return vision.vits(preset)
+
+
 PRESETS: Mapping[str, tuple[str, Any]] = {
     "glue": ("Fine-tune a BERT or RoBERTa on a task of GLUE; lr ours, not tuned.", Glue(**HERE, lr=1e-4)),
     "gpt2": ("Train a GPT-2 of 11 M parameters; settings ours, lr not tuned: see recipes/gpt2.py.", Gpt2(**gpt2.HERE)),
     "gpt2-paper": ("The GPT-2 of OMGD (section 5.4) under full AdamW; see recipes/gpt2.py.", Gpt2(**gpt2.PAPER)),
+    "resnet": ("Train a ResNet on images; lr and schedule ours, not tuned.", Resnet(**vision.SMALL_RESNET)),
+    "vit": ("Train a ViT on images; lr ours, not tuned.", Vit(**vision.SMALL_VIT)),
 }
 
 
@@ -113,7 +145,7 @@ def parse(args: Sequence[str] | None = None, program: str = "") -> Baseline:
     """The config that a command line of `program` asks for. Raises UsageError."""
     words = flags.typed(args)
     if words and words[0] in PRESETS:
-        found: Baseline = flags.parse_presets(commands(PRESETS, words), words, program, __doc__)
+        found: Baseline = flags.parse_presets(vision.commands(commands(PRESETS, words), words), words, program, __doc__)
         return found
     return flags.parse(Baseline(), words, program, __doc__)
 

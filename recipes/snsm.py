@@ -3,23 +3,25 @@
     python -m recipes.snsm demo                                    about 3 M parameters, the standard library's sources
     python -m recipes.snsm 60m --data corpus/*.jsonl.xz --tokenizer tokenizer.model        the paper's setting
     python -m recipes.snsm 60m --optimizer adam_sn --data ...      Subset-Norm alone
+    python -m recipes.snsm vit --data mnist                        a small ViT on images
 
 Presets are the authors' settings where they published any (their 60M commands, their 1B figure), else marked inferred.
 Their protocol: C4, sequences of 256, batches of 512 of them, warm-up over a tenth of the steps, cosine to a tenth of
 the peak, global-norm clipping at 1, no weight decay, bf16 throughout (here second moments are fp32).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from optimizers.contract import Group, Params, Rule
+from optimizers.contract import Group, Params, Rule, UsageError
 from optimizers.rules.snsm import adam_snsm, snsm
 
-from . import flags
+from . import flags, vision
 from .cli import main
 from .config import TrainConfig, rest_for
 from .train import train
+from .vision import Body, VitConfig
 
 HEAD = r"lm_head\.weight$"
 
@@ -39,6 +41,39 @@ class Snsm(TrainConfig):
 
     def groups(self, params: Params) -> list[Group]:
         return groups(self, self.rule(), params, self.head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vit(VitConfig, Snsm):
+    optimizer: str = "snsm"
+    """The rule for Linear weights, by the names of the paper or any other; Adam trains the rest. Its options are the
+    last flags here. --method is another name of this flag."""
+    head: bool = False
+    """Train the classifier with the rule too, whose --rank must then fit the number of classes; else with Adam."""
+
+    recipe = "snsm-vit"
+    usual: ClassVar = {**Snsm.usual, "": {"rank": 16, "update_proj_gap": 50, "proj_type": "auto"}}
+
+    def groups(self, params: Params) -> list[Group]:
+        linear, rule = (self.matrices, *((r"^classifier\.weight$",) if self.head else ())), self.rule()
+        return [Group(rule.name, rule, linear, self.lr, self.weight_decay, "Linear weights"), *rest_for(self, 1e-6)]
+
+    @classmethod
+    def published(cls, preset: str) -> Mapping[str, Any]:
+        """The authors' script for CIFAR, from scratch: a ViT-base of 224 pixels, reflections, batches of 64, 10 epochs,
+        no decay; AdamSNSM at 1e-3, rank 64, gap 1000. Ours: the schedule, and pixels normed by halves."""
+        if preset == "imagenet":
+            raise UsageError("--preset imagenet: SNSM's authors have a ViT on cifar10 and cifar100; name one of these")
+        return {
+            "lr": 1e-3,
+            "options": adam_snsm.default(rank=64, update_proj_gap=1000, proj_type="auto"),
+            "optimizer": "adam_snsm",
+            "epochs": 10.0,
+            "micro_batch": 64,
+            "augment": "flip",
+            "image_size": 224,
+            "body": Body(768, 12, 12, 3072, 16),
+        }
 
 
 def groups(config: TrainConfig, rule: Rule, params: Params, head: bool = True) -> list[Group]:
@@ -63,7 +98,7 @@ def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int, ga
     )
 
 
-PRESETS = {
+PRESETS: dict[str, tuple[str, Snsm]] = {
     "demo": (
         "About 3 M parameters; rates and gap are ours, tuned on Wikipedia (docs/results/snsm-wikipedia).",
         Snsm(lr=1.5e-2, rest_lr=3e-2, options=snsm.default(rank=48, update_proj_gap=50)),
@@ -72,12 +107,16 @@ PRESETS = {
     "130m": ("Rank 256 (inferred from GaLore's), 20,000 steps (GaLore's script).", paper("130m", 256, 20_000)),
     "350m": ("Rank 256 (inferred from GaLore's), 60,000 steps (GaLore's script).", paper("350m", 256, 60_000)),
     "1b": ("Rank 512 (from the printed memory), 100,000 steps (their figure).", paper("1b", 512, 100_000)),
+    "vit": (
+        "Train a ViT on images; lr, rank and gap ours, not tuned.",
+        Vit(**{**vision.SMALL_VIT, "lr": 1e-2, "rest_lr": 1e-3}),
+    ),
 }
 
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Snsm:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    found: Snsm = flags.parse_presets(PRESETS, args, program, __doc__)
+    found: Snsm = flags.parse_presets(vision.commands(PRESETS, args), args, program, __doc__)
     return found
 
 

@@ -32,9 +32,11 @@ from .conversations import Conversations
 from .glue import GlueConfig
 from .labelled import Labelled
 from .material import Material, Text
+from .pictures import Pictures
 from .plan import planned
 from .registry import trained_by
 from .swap import continued, plain, report, source
+from .vision import VisionConfig
 
 
 def train(config: TrainConfig, saved: Reader | None = None) -> Path:
@@ -72,6 +74,8 @@ def material_of(config: TrainConfig, console: Console) -> Material:
     """What the run is trained on, read. Raises UsageError."""
     if isinstance(config, ChatConfig):
         return Conversations(config, console)
+    if isinstance(config, VisionConfig):
+        return Pictures(config, console)
     return Labelled(config, console) if isinstance(config, GlueConfig) else Text(config, console)
 
 
