@@ -1,6 +1,7 @@
 """RSO in somebody's own loop: the engine's steps, from the whole gradient, and the engine's state."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -194,3 +195,18 @@ def test_what_a_loop_keeps_for_backward_and_the_engine_does_not():
         loop / 2**20,
         engine / 2**20,
     )
+
+
+def test_every_setting_changes_something():
+    changed = {"rank": 3, "period": 2, "pattern": "up_proj", "projection": "haar", "moments": "keep", "prox": 0.5}
+    changed |= {"warmup": 3, "share": (("q_proj", "k_proj", "v_proj"),)}
+    assert {"", *changed} == {"", *(field.name for field in dataclasses.fields(Subspaces))}
+    moved = {}
+    for setting, value in {"": None, **changed}.items():
+        model = llama(1)
+        given = {"rank": RANK, "period": PERIOD} | ({setting: value} if setting else {})
+        opt = AdamW(model, lr=LR, wrap=Subspaces(**given))
+        for i in range(PERIOD + 2):
+            facade_step(opt, model, i)
+        moved[setting] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert [setting for setting in changed if torch.equal(moved[""], moved[setting])] == []
