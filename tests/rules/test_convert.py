@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from helpers.grids import covering
+from helpers.grids import few
 
 from optimizers.apply import refresh, update
 from optimizers.contract import Group, Optimizer, Params, Rule, State
@@ -61,8 +62,12 @@ def swapped(old: str, new: str) -> tuple[State, list[Row]]:
     return convert(PARAMS, trained(source), source, target, 60, fold(5))
 
 
-@pytest.mark.parametrize(("old", "new"), covering(RULES, RULES))
-def test_every_pair_goes_on_without_a_jump(old, new):
+FAST = zip(RULES, [*list(RULES)[1:], *list(RULES)[:1]], strict=True)  # each gives once and takes over once
+
+
+@pytest.mark.parametrize("pair", few(list(product(RULES, RULES)), *FAST), ids=" to ".join)
+def test_every_pair_goes_on_without_a_jump(pair):
+    old, new = pair
     state, rows = swapped(old, new)
     fresh = optimizer(RULES[new]).init(PARAMS)
     assert {n: {s: (t.shape, t.dtype) for s, t in slots.items()} for n, slots in state.items()} == {
