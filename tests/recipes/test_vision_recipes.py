@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_end(folder: Path) -> None:
     assert 20 <= newest(folder / "killed").step < 120
     done = finish(start(folder, f"{line} --out killed --resume auto"))
     assert done.code == 0 and "resuming" in done.out, done.err
-    assert_identical(folder / "killed", folder / "whole")
+    assert_identical(folder / "killed", folder / "whole", "images")
 
 
 LINES = {
