@@ -42,9 +42,9 @@ class VisionConfig(TrainConfig):
     preset: Preset = "here"
     """Settings under the flags that are given: ours, for two cores, or the paper's for this set of images."""
     train_images: int = 0
-    """Train on so many images, evenly spaced; 0: all."""
+    """Train on so many images, always the same ones; 0: all."""
     eval_images: int = 0
-    """Held-out images per evaluation, evenly spaced; 0: all."""
+    """Held-out images per evaluation, always the same ones; 0: all."""
     num_classes: int = 0
     """The number of classes that the data must have; 0: whatever they have, and 10 for a plan."""
     channels: int = 0

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from optimizers.random import fold
 
 from ..data.images.augment import Augment, augmented, normalized, resized
 from ..data.images.sets import Images
-from ..data.order import Epochs, spaced
+from ..data.order import Epochs, Ints, order
 from ..step.segments import Batch, Chain, Segment, cut
 from ..task import Sum, Sums, Task
 from .scores import Scores
@@ -24,12 +25,19 @@ def blank(rows: int, channels: int, side: int) -> Batch:
     return {"pixels": torch.zeros(rows, channels, side, side), "targets": targets}
 
 
+def part(rows: int, limit: int | None) -> Ints:
+    """At most `limit` of range(rows), ascending and always the same ones: not every n-th, as published sets may have
+    their classes in turn."""
+    count = rows if limit is None else min(limit, rows)
+    return np.sort(order(0, 0, rows, np.arange(count)))
+
+
 class ImageTask(Task):
     """Images of `side` rows and columns, in a new pseudo-random order each epoch; the loss is the mean over images.
 
     Where an epoch is filled up to whole steps, what fills it are the images that it began with, whose targets are
-    IGNORED: batch norm then sees images, and the loss does not. An evaluation reads `most` held-out images, evenly
-    spaced, or all, as they are. `config` is the model's.
+    IGNORED: batch norm then sees images, and the loss does not. An evaluation reads `most` held-out images, or
+    all, as they are. `config` is the model's.
     """
 
     loss_unit = "nats per image"
@@ -52,12 +60,12 @@ class ImageTask(Task):
         most: int | None = None,
         first: int | None = None,
     ) -> None:
-        """`align`: rows of a step, where epochs must be whole steps; `first`: train on so many images alone, evenly
-        spaced."""
+        """`align`: rows of a step, where epochs must be whole steps; `first`: train on so many images alone. Such parts
+        are those of `part`."""
         self.model, self.train, self.held_out, self.side = model, train, held_out, side
         self.scores, self._config, self.seed, self.align, self.most = scores, dict(config), seed, align, most
         self.augment, self.padding, self.norm = augment, padding, norm
-        self.chosen = spaced(len(train.targets), first)
+        self.chosen = part(len(train.targets), first)
         self.rows = len(self.chosen)
         self.epochs = Epochs(self.rows, fold(seed, "data"), align)
         self.key = fold(seed, "augment")
@@ -82,7 +90,7 @@ class ImageTask(Task):
         }
 
     def evaluation(self, count: int) -> Iterator[Batch]:
-        chosen = spaced(len(self.held_out.targets), self.most)
+        chosen = part(len(self.held_out.targets), self.most)
         for first in range(0, len(chosen), count):
             numbers = chosen[first : first + count].tolist()
             filled = numbers + [numbers[0]] * (count - len(numbers))  # equal batches are compiled once

@@ -48,6 +48,18 @@ def test_an_epoch_is_every_image_once_and_is_filled_up_with_images_that_do_not_c
     assert not task.batch(0, 12)["pixels"].equal(task.batch(12, 12)["pixels"])
 
 
+def test_a_part_of_the_images_is_of_all_classes_in_whatever_order_a_set_has_them() -> None:
+    """Every third image of this set is of one class; a part is the same whatever the seed."""
+    task, other = (
+        ImageTask(resnet(), held(90), held(90), 8, scores=scores((), 3), config={}, most=30, first=30, seed=seed)
+        for seed in (0, 1)
+    )
+    (batch,) = task.evaluation(30)
+    assert batch["targets"].bincount(minlength=3).min() >= 4 and len(set(task.chosen)) == task.rows == 30
+    assert task.train.targets[torch.from_numpy(task.chosen)].bincount(minlength=3).min() >= 4
+    assert task.chosen.tolist() == other.chosen.tolist() == sorted(task.chosen.tolist())
+
+
 def test_crops_and_reflections_are_of_the_image() -> None:
     """Every crop stands somewhere in the padded image; all places and both reflections come up; each row its own."""
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
