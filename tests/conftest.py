@@ -7,6 +7,7 @@ What has none of them runs in `make quick`.
 import functools
 import gc
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     import hypothesis
     import torch
 
+    for name in ("SIGHUP", "SIGQUIT"):  # under nohup they are ignored, in the processes that tests start too
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     torch.set_num_threads(THREADS)
     hypothesis.settings.register_profile("leanstep", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("leanstep")

@@ -100,7 +100,7 @@ def _simulated(
         segments, params, optimizer, batch, key = build()
         tally.adopt(WEIGHTS, [*params.values(), *(b for s in segments for b in s.module.buffers())])
         with tally, tally.doing("start-up", "start-up workspace"):
-            state = optimizer.init(params)
+            state = optimizer.init(params, steps[0] if steps else 0)  # what has state may depend on the step
             _each(tally.name, state, optimizer)
         beside = {"start-up": tally.peaks()["start-up"], "resume": tally.present()}
         fresh = sum({id(t): t.untyped_storage().nbytes() for _, t in _slots(state, optimizer)}.values())

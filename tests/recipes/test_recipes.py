@@ -206,7 +206,11 @@ def test_without_out_each_run_gets_a_folder_of_its_own(tmp_path):
 @pytest.mark.compiles
 @pytest.mark.run
 @pytest.mark.parametrize(
-    "recipe", few(["baseline", "omgd pretrain --active 1 --period 5step", "rso demo --rank 4"], "rso demo --rank 4")
+    "recipe",
+    few(
+        ["baseline", "omgd pretrain --active 1 --period 5step --mask-warmup 4step", "rso demo --rank 4"],
+        "rso demo --rank 4",
+    ),
 )
 def test_a_run_says_what_memory_was_predicted_and_measured(tmp_path, recipe):
     done = here(

@@ -58,9 +58,9 @@ def test_the_toy_prints_its_tables_and_draws(tmp_path, capsys):
 
 
 def test_presets_have_galores_ranks_and_periods():
-    got = {name: (c.rank, c.period) for name, (_, c) in RECIPES.items() if isinstance(c, Rso) and name != "demo"}
+    got = {name: (c.rank, c.period) for name, (_, c) in RECIPES.items() if type(c) is Rso and name != "demo"}
     assert got == {"60m": (128, 200), "130m": (256, 200), "350m": (256, 200), "1b": (512, 200), "7b": (1024, 500)}
     for _, config in RECIPES.values():
-        if isinstance(config, Rso):
+        if type(config) is Rso:
             config.check()
             assert {group.name for group in config.groups({})} == {"rso", "adamw-norms", "adamw-rest"}
