@@ -25,6 +25,7 @@ def gathered(tmp_path_factory):
     return folder
 
 
+@pytest.mark.run
 def test_every_module_lies_in_the_one_package_and_names_no_other(gathered):
     for file in sorted(file for room in ROOMS for file in (gathered / NAME / room).rglob("*.py")):
         source = file.read_text(encoding="utf-8")

@@ -192,19 +192,24 @@ def test_what_is_wrong_with_a_folder_is_a_line(tmp_path: Path, damage: Callable[
     ("name", "data", "said"),
     [
         ("t10k-labels-idx1-ubyte.gz", None, "got no t10k-labels-idx1-ubyte, expected it there, or compressed"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(b"\0\0\x08\x01abcd"), "begins with 00000801, expected 00000803"),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(b"\0\0\x08\x01abcd", mtime=0),
+            "begins with 00000801, expected 00000803",
+        ),
         ("train-images-idx3-ubyte.gz", b"\x1f\x8b\x08\x00cut", "is damaged or cut off"),
         (
             "train-images-idx3-ubyte.gz",
-            gzip.compress(struct.pack(">BBBBIII", 0, 0, 8, 3, 12, 8, 8) + bytes(700)),
+            gzip.compress(struct.pack(">BBBBIII", 0, 0, 8, 3, 12, 8, 8) + bytes(700), mtime=0),
             r"got 700 bytes, expected \(12, 8, 8\) of them",
         ),
         (
             "train-labels-idx1-ubyte.gz",
-            gzip.compress(struct.pack(">BBBBI", 0, 0, 8, 1, 2) + bytes(2)),
+            gzip.compress(struct.pack(">BBBBI", 0, 0, 8, 1, 2) + bytes(2), mtime=0),
             "got 12 train images and 2 labels",
         ),
     ],
+    ids=["no labels", "labels for images", "cut off", "too short", "other count"],
 )
 def test_what_is_wrong_with_idx_files_is_a_line(tmp_path: Path, name: str, data: bytes | None, said: str) -> None:
     folder = idx(tmp_path / "mnist", 12, 6, packed=True)

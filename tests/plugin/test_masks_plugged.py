@@ -27,6 +27,7 @@ def frozen(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("name", "masks"), [*covering(RULES, MASKS), ("adamw", "rising")])
 def test_twelve_steps_with_a_resume_are_those_of_the_engine(name, masks):
     wrap = RISING if masks == "rising" else MASKS[masks]

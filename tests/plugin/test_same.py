@@ -32,6 +32,7 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(("name", "dtype"), covering(RULES, [torch.float32, torch.bfloat16]))
 def test_twelve_steps_with_two_resumes_are_those_of_the_engine(name, dtype):
     rounding = {"stochastic_rounding": dtype == torch.bfloat16}

@@ -58,6 +58,7 @@ def engine(model, name="adamw"):
 SINGLE = [name for name in RULES if RULES[name](**options(name)).elementwise]
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("name", few(SINGLE, "adamw", "sgd"))
 def test_thirty_steps_with_turns_and_a_resume_are_those_of_the_engine(name, tmp_path):
     theirs, mine = llama(), llama()

@@ -84,6 +84,7 @@ def test_which_turns_are_trained(tmp_path: Path, train_on: str, trained: list[st
     assert [part.partition("⟧")[0] for part in shown.split("⟦")[1:]] == [t.replace("{}", number) for t in trained]
 
 
+@pytest.mark.run
 def test_a_config_alone_is_planned_as_its_folder(tmp_path: Path) -> None:
     folder(tmp_path)
     line = "--data chats.jsonl --sequence 48 --compile off --json"

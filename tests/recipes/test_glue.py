@@ -178,6 +178,7 @@ def test_papers_settings(made: Path) -> None:
     assert set(TASKS) <= {"cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp"}
 
 
+@pytest.mark.run
 @each
 @pytest.mark.parametrize("name", ["adamw", "muon", "galore", "snsm", "sumo", "sgd"])
 def test_any_rule_can_stand_in(made: Path, recipe: str, name: str) -> None:

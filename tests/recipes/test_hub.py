@@ -36,6 +36,7 @@ class Hub:
         return str(self.snapshot)
 
 
+@pytest.mark.run
 def test_a_name_is_fetched_and_its_weights_when_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(folder(tmp_path), monkeypatch)
     plan = "tools.plan finetune {} --data chats.jsonl --sequence 48 --compile off --json"

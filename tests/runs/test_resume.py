@@ -150,6 +150,7 @@ def test_what_changes_after_the_save_is_not_in_it(tmp_path, monkeypatch):
     assert found.params["a"] is found.params["b"]
 
 
+@pytest.mark.run
 def test_a_save_in_the_background_takes_no_longer_than_the_copy(tmp_path, monkeypatch):
     def slow(*arguments):
         time.sleep(1)
