@@ -98,6 +98,7 @@ def test_stale_locks_are_taken_over_with_a_line(tmp_path, monkeypatch, case, flo
         assert len(said) == (2 if "another machine" in case else 1), said
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("flock", [True, False])
 def test_an_owner_on_another_machine_that_touches_its_lock_is_left_alone(tmp_path, monkeypatch, flock):
     monkeypatch.setattr(lock, "WATCH", 20)

@@ -89,6 +89,7 @@ def test_the_planner_says_how_it_is_called(tmp_path):
     assert own.code == 0 and own.out.startswith("usage: python -m tools.plan snsm ")
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("typed", "named"),
     [
@@ -105,6 +106,7 @@ def test_wrong_recipes_in_quotation_marks(tmp_path, typed, named):
     plain(tool(tmp_path, f"tools.inspect --fresh {typed}"), named)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("line", ["snsm demo --rnk 3", "snsm", "nosuch", "snsm demo --rank x", "baseline --steps 0"])
 def test_quoted_recipes_name_the_flag_that_they_came_from(line):
     for flag in ("--to", "--swap-at", "--fresh"):

@@ -210,6 +210,7 @@ def test_a_disk_that_fills_up_names_the_file(tmp_path):
     assert all(line.startswith("error: OUT made: ") and "(made/" in line for line in lines), lines
 
 
+@pytest.mark.run
 def test_names_are_no_formulas_and_need_no_font(tmp_path, recwarn):
     """$ is math to the library that draws, and characters that its font lacks are warnings."""
     name = "$HOME/\\frac$ \u6f22\u5b57"

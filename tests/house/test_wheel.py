@@ -75,6 +75,7 @@ def listed(said):
     return re.findall(r"^  (\w+) ", said, re.MULTILINE)
 
 
+@pytest.mark.run
 def test_the_command_lists_every_recipe_and_tool(tmp_path):
     guarded = [file for room in ROOMS for file in (ROOT / room).rglob("*.py") if "\nif __name__" in file.read_text()]
     named = [file.parent.name if file.stem == "__main__" else file.stem for file in guarded]

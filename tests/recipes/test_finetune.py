@@ -57,6 +57,7 @@ def test_a_run_shows_an_example_evaluates_samples_and_keeps_the_best(tmp_path: P
     assert events.count(b"sample/1/text_summary") == 4, "TensorBoard has the sample of each evaluation"
 
 
+@pytest.mark.run
 def test_about_two_in_a_hundred_are_held_out_unless_it_is_said(tmp_path: Path) -> None:
     write(folder(tmp_path) / "chats.jsonl", rows(200))
     for flags, least, most in (("", 3, 5), ("--validation-fraction 0.2", 35, 45)):
@@ -218,6 +219,7 @@ BAD = {
 }
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("line", BAD)
 def test_what_is_refused(tmp_path: Path, line: str) -> None:
     folder(tmp_path)

@@ -124,6 +124,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("flags", REFUSED)
 def test_what_does_not_fit_is_one_line(made: Path, flags: str) -> None:
     for name, changed in (("three", {"num_hidden_layers": 3}), ("small", {"num_hidden_layers": 2})):

@@ -69,6 +69,7 @@ def test_every_option_has_help(name, monkeypatch):
         assert len(re.findall(r"\b[a-z]{2,}\b", text)) >= 4, text
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("other", "same"),
     [

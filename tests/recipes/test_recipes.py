@@ -146,6 +146,7 @@ WRONG = {
 }
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_one_line_that_names_them(tmp_path, case):
     flags, named = WRONG[case]

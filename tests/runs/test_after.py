@@ -99,6 +99,7 @@ def test_a_swap_whose_report_cannot_be_written_is_saved(tmp_path):
     assert latest(tmp_path / "new").path == tmp_path / "new" / "step-00000002"
 
 
+@pytest.mark.run
 def test_the_demo_tells_of_the_runs_that_it_can_read(tmp_path, console):
     """One run without numbers, one too short to have a speed, and no picture."""
     for name in ("sumo", "adamw"):

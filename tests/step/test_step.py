@@ -203,6 +203,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("mode", "which"),
     [

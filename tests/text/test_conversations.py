@@ -305,6 +305,7 @@ def content(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
+@pytest.mark.run
 def test_an_interruption_anywhere_changes_nothing(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"how many, {k}?" * (k % 5 + 1), "completion": f"{k}" * (k % 7 + 1)} for k in range(60)]
     path = write(tmp_path / "t.jsonl", rows)

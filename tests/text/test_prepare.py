@@ -353,6 +353,7 @@ def test_a_given_tokenizer_is_copied_and_must_stay_the_same(corpus: Path, tmp_pa
         tokenizer_of(tmp_path / "moved")
 
 
+@pytest.mark.run
 def test_tokens_are_as_wide_as_the_vocabulary(corpus: Path, tmp_path: Path) -> None:
     words = (
         {"<|endoftext|>": 0} | {chr(0x100 + k): k + 1 for k in range(256)} | {f"w{k}": k + 257 for k in range(1 << 16)}

@@ -202,6 +202,7 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[2]) if ".layers." in name else None
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("replacement", "policy", "rising"), covering([False, True], ["drop", "keep", "offload"], [0, 3])
 )
