@@ -47,6 +47,8 @@ from optimizers.wrappers.choice import describe, owned_keys
 from .inspect_page import draw
 from .inspect_report import Report, plain, totals, write_plain, write_rich
 
+NOBODY = RuleRecord("frozen", "frozen")  # who owns what no rule moves
+
 
 @dataclass(frozen=True)
 class Inspect:
@@ -96,7 +98,7 @@ def inspect_fresh(what: str, params: Params, optimizer: Optimizer, match: str = 
     state, looks = optimizer.init(params), []
     for name in matching(params, match):
         owner = optimizer.owner.get(name)
-        who = described(owner) if owner else RuleRecord("frozen", "frozen")
+        who = described(owner) if owner else NOBODY
         looks.append(look(name, params[name], state.get(name), who))
     masks = describe(optimizer.metadata, params, 0, state) if "traversal" in optimizer.metadata else None
     return Report(what, 0, None, len(params), looks, masks)
@@ -120,7 +122,8 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
             f"{reader.path}: has state of {sorted(unknown)[:3]}, which are no parameters of its model"
         )
     owners, others = (read_rules(one.state) if one else {} for one in (reader, older))
-    if owners and (odd := owners.keys() ^ reader.params.names.keys()):
+    stateful = reader.owners.keys() & reader.params.names.keys()  # the others are frozen, or buffers of batch norm
+    if owners and (odd := (owners.keys() - reader.params.names.keys()) | (stateful - owners.keys())):
         raise CheckpointError(f"{reader.state.file}: damaged, its head and the model disagree on {sorted(odd)[:3]}")
     config = reader.trainer.get("config")
     rounded = not isinstance(config, dict) or config.get("precision") != "bf16-sr"
@@ -130,8 +133,11 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
             continue  # one tensor under two names is moved and counted once
         tied.add(first)
         p, slots = _one(reader, name)
+        if slots is None and not p.is_floating_point():
+            continue  # a counter of batch norm
+        who = owners.get(name, NOBODY if owners else RuleRecord())
         try:
-            seen = look(name, p, slots, owners.get(name, RuleRecord()), rounded)
+            seen = look(name, p, slots, who, rounded)
         except CheckpointError as error:
             raise CheckpointError(f"{reader.state.file}: {error}") from None
         if older is not None:
@@ -141,9 +147,9 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
             if before.shape != p.shape:
                 got = f"{tuple(before.shape)}, expected {tuple(p.shape)}"
                 raise CheckpointError(f"{older.path}: {name} is {got}; compare checkpoints of the same model")
-            who = others.get(name, RuleRecord())
-            look(name, before, held, who)  # whether its slots are its own
-            between = compared((before, held or {}, who), (p, slots or {}, seen.who), reader.step - older.step)
+            past = others.get(name, NOBODY if others else RuleRecord())
+            look(name, before, held, past)  # whether its slots are its own
+            between = compared((before, held or {}, past), (p, slots or {}, seen.who), reader.step - older.step)
             seen = seen._replace(measures=seen.measures | between)
         yield seen
 
@@ -151,7 +157,7 @@ def _looks(reader: Reader, older: Reader | None, names: Sequence[str]) -> Iterat
 def _one(reader: Reader, name: str) -> tuple[torch.Tensor, Slots | None]:
     """A parameter as it is trained, and its slots if it has state."""
     p = reader.trained(name)
-    if not p.is_floating_point():
+    if not p.is_floating_point() and name in reader.owners:
         raise CheckpointError(f"{reader.params.file}: {name} is {p.dtype}, expected floating point")
     return p, reader.slots(name) if name in reader.owners else None
 

@@ -365,6 +365,30 @@ def test_a_page_is_drawn(run, capsys, tmp_path):
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG") and sizes[0] > 2 * sizes[1] > 2000
 
 
+def test_what_no_rule_moves_is_frozen_and_no_damage(tmp_path, capsys):
+    """What --freeze names, and buffers of batch norm, lie in the model's file and have no owner."""
+    model = {
+        "a": gaussian(4, 3),
+        "bn.weight": gaussian(4),
+        "bn.running_mean": gaussian(4),
+        "bn.num_batches_tracked": torch.tensor(7),
+    }
+    group = Group("all", adamw(), ("a",), 0.5, 0.0)
+    path = checkpoint.save(tmp_path, 1, model, {"a": adamw().init(model["a"])}, {}, {}, rules_head({"a": group}, 1.0))
+    code, out, err = call(capsys, path)
+    assert code == 0, err
+    lines = {line.split("\t")[0]: line.split("\t")[1:4] for line in out.splitlines() if "\t" in line}
+    assert lines["a"] == ["adamw", "all", "active"]
+    assert lines["bn.weight"] == lines["bn.running_mean"] == ["frozen", "frozen", "frozen"]
+    assert "bn.num_batches_tracked" not in lines
+    assert call(capsys, path, "--compare", path)[0] == 0
+    state = {"a": adamw().init(model["a"]), "bn.weight": adamw().init(model["bn.weight"])}
+    odd = checkpoint.save(tmp_path / "odd", 1, model, state, {}, {}, rules_head({"a": group}, 1.0))
+    assert "disagree on ['bn.weight']" in refused(capsys, 5, odd), "a state that no rule owns"
+    stray = checkpoint.save(tmp_path / "stray", 1, model, {}, {}, {}, rules_head({"a": group, "b": group}, 1.0))
+    assert "disagree on ['b']" in refused(capsys, 5, stray)
+
+
 def test_tensors_are_read_one_parameter_at_a_time(run, monkeypatch):
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
