@@ -8,7 +8,7 @@ Any other labelled files are read the same way, with the columns that the caller
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from optimizers.contract import UsageError
 
 from . import compressed
 from .files import READ, kind
-from .rows import Row, rows
+from .rows import rows
 
 
 class Columns(NamedTuple):
@@ -134,18 +134,23 @@ def read(paths: Sequence[Path], layout: Layout, allowed: float = 0.0) -> Labelle
 
 
 def names_of(paths: Sequence[Path], columns: Columns) -> tuple[str, ...]:
-    """The labels of some files, sorted: those of a task that is not in the table. Raises UsageError."""
+    """The labels of some files, sorted: those of a task that is not in the table. Raises UsageError, for a row without
+    one too."""
     found = set[str]()
     for path in paths:
-        for row in _records(path):
-            if columns.label not in row:
-                raise _lacking(row, (columns,), str(path))
-            found.add(str(row[columns.label]))
+        for row in rows(path, None):
+            if row.record is None:
+                continue
+            if columns.label not in row.record:
+                raise _lacking(row.record, (columns,), str(path))
+            value = row.record[columns.label]
+            if value is None or value != value or not str(value).strip():
+                raise UsageError(
+                    f"{path}, {row.place}: {columns.label}: got {value!r}, expected a label; fill it in, or remove the "
+                    "row"
+                )
+            found.add(str(value))
     return tuple(sorted(found, key=lambda name: (len(name), name) if name.isdecimal() else (0, name)))
-
-
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
-    return (row.record for row in rows(path, None) if isinstance(row, Row) and row.record is not None)
 
 
 def _columns(record: Mapping[str, Any], layout: Layout, so_far: Columns | None, place: str) -> Columns:

@@ -3,6 +3,7 @@
 import csv
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,19 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
     core.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UsageError, match="adds no special tokens"):
         PairTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"said": "a", "kind": "x"}\n{"said": "b", "kind": null}\n', "line 2: kind: got None"),
+        ("a.csv", "said,kind\na,x\nb,\n", "kind: got ''"),
+    ],
+    ids=["jsonl", "csv"],
+)
+def test_a_row_without_a_label_makes_no_class(tmp_path: Path, name: str, content: str, said: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UsageError, match=re.escape(said)) as found:
+        names_of([file], Columns(("said",), "kind"))
+    assert "expected a label; fill it in, or remove the row" in str(found.value)
