@@ -19,6 +19,7 @@ from torch import Tensor
 from . import shards
 from .config import DecoderConfig
 from .decoder import Decoder
+from .families import FAMILIES
 from .gpt2 import Gpt2
 from .gpt2_config import Gpt2Config, is_gpt2
 from .shards import Stored
@@ -40,7 +41,12 @@ def is_folder(path: Path) -> bool:
 
 def parsed(config: Mapping[str, Any]) -> Config:
     """The shape that a config.json says. Raises ValueError where no model here has it."""
-    return Gpt2Config.from_hf(config) if is_gpt2(config) else DecoderConfig.from_hf(config)
+    if is_gpt2(config):
+        return Gpt2Config.from_hf(config)
+    if (kind := config.get("model_type") or "llama") not in tuple(FAMILIES):
+        known = ", ".join((*FAMILIES, "gpt2"))
+        raise ValueError(f"config.json: model_type: got {kind!r}, expected a language model, one of {known}")
+    return DecoderConfig.from_hf(config)
 
 
 def config_of(folder: Path) -> Config:

@@ -157,7 +157,10 @@ BAD: dict[str, tuple[Any, str]] = {
         r"layers.4.self_attn.q_proj.weight: got no such tensor \(nor 8 more\), expected \[32, 32\] by config.json;",
     ),
     "untied": (lambda f: changed(f, tie_word_embeddings=False), r"lm_head.weight: got no such tensor, .*; set tie_"),
-    "another family": (lambda f: changed(f, model_type="mamba"), r"config.json: model_type: got 'mamba'"),
+    "another family": (
+        lambda f: changed(f, model_type="mamba"),
+        r"model_type: got 'mamba', expected a language model, one of llama, .*, gpt2",
+    ),
     "an unknown key": (lambda f: changed(f, logit_scale=0.5), r"config.json: logit_scale: got 0.5, which no llama"),
     "pickle": (only_pickle, r"got only pytorch_model.bin, a pickle; expected model.safetensors or"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config.json: is not there; give a folder"),
