@@ -57,7 +57,10 @@ class Lora(Finetune):
 
     def check(self) -> None:
         self.at_least("rank", 1)
-        self.at_least("alpha", 0)
+        if not 0 < self.alpha < math.inf:
+            raise UsageError(
+                f"--alpha: got {self.alpha}, expected a number above 0: what the adapters say is multiplied by it"
+            )
         adapters()
         super().check()
 

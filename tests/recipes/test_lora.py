@@ -25,6 +25,12 @@ def test_without_peft_it_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "pip install peft" in refused(here(folder(tmp_path), LINE + "--steps 1 --out run"), 2)
 
 
+@pytest.mark.parametrize("alpha", ["0", "-1", "nan", "inf"])
+def test_adapters_that_say_nothing_are_refused(tmp_path: Path, alpha: str) -> None:
+    said = refused(here(folder(tmp_path), LINE + f"--alpha={alpha} --steps 1 --out run"), 2)
+    assert "--alpha: got" in said and "above 0" in said
+
+
 @pytest.mark.run
 def test_it_trains_as_a_loop_by_hand_does_and_nothing_else_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
