@@ -268,7 +268,10 @@ class ResnetConfig(VisionConfig):
         """Everything is one rule's where that moves each entry by itself; else convolutions are, as matrices."""
         rule = flattened(self.rule())
         if not rule.elementwise or self.rest_lr is not None:
-            return groups_for(self, rule, params)
+            first, *rest = groups_for(self, rule, params)
+            last = "the last layer: rows, not a map"
+            rest = [group._replace(why=last) if group.name == "adamw-rest" else group for group in rest]
+            return [first._replace(why="convolutions, as matrices (out, in k k)"), *rest]
         return [
             Group(f"{rule.name}-norms", rule, (self.vectors,), self.lr, 0.0, "norms and biases: never decayed"),
             Group(rule.name, rule, ("",), self.lr, self.weight_decay, "convolutions and the last layer"),

@@ -10,6 +10,7 @@ from helpers.vision import idx
 
 from models.vit_weights import load
 from recipes import registry
+from recipes.build import build
 from recipes.registry import parsed
 
 pytestmark = pytest.mark.run
@@ -158,3 +159,11 @@ def test_presets_are_the_papers(line: str, fields: dict[str, object]) -> None:
     assert registry.from_plain(type(config), config.plain()).plain() == config.plain()
     if line.startswith("omgd resnet"):
         assert config.options.nesterov and config.plain()["by"] == "tensors"
+
+
+def test_the_receipt_of_a_resnet_speaks_of_what_it_has() -> None:
+    for line in ("baseline resnet --optimizer muon", "omgd resnet --rest-lr 1e-3"):
+        made = build(parsed(line.split(), "test"), 10)
+        found = {group.name: group.why for group in made.config.groups(made.params)}
+        assert "convolutions" in next(iter(found.values())) and "last layer" in found["adamw-rest"], found
+        assert not any("attention" in why or "embedding" in why for why in found.values()), found
