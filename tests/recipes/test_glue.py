@@ -112,7 +112,7 @@ REFUSED = {
     "--init model --data glue --text-fields premise": ["expected one named 'premise'", "--text-fields"],
     "--init model --data glue --labels yes entailment": ["got 'not_entailment'", "expected one of yes, entailment"],
     "--init model --data glue --labels one": ["--labels", "two or more"],
-    "--init model --data glue --task qqp": ["glue", "no training split", "train.tsv"],
+    "--init model --data glue --task mnli": ["glue", "no training split", "train.tsv"],
     "--init model --data glue --metrics pearson": ["--metrics", "'pearson'", "accuracy, f1, matthews"],
     "--init model --data glue --sequence 65": ["--sequence", "got 65", "at most 64"],
     "--init model --data glue --sequence 3": ["--sequence", "got 3", "special tokens"],
