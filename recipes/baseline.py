@@ -24,7 +24,8 @@ from optimizers.wrappers.traversal import duration, traversal
 from . import flags, gpt2, vision
 from .cli import main
 from .config import Setup, TrainConfig, groups_for
-from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, commands, of_table
+from .epochs import commands
+from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, of_table
 from .train import train
 from .vision import ResnetConfig, VitConfig
 
@@ -145,7 +146,7 @@ def parse(args: Sequence[str] | None = None, program: str = "") -> Baseline:
     """The config that a command line of `program` asks for. Raises UsageError."""
     words = flags.typed(args)
     if words and words[0] in PRESETS:
-        found: Baseline = flags.parse_presets(vision.commands(commands(PRESETS, words), words), words, program, __doc__)
+        found: Baseline = flags.parse_presets(commands(PRESETS, words), words, program, __doc__)
         return found
     return flags.parse(Baseline(), words, program, __doc__)
 

@@ -47,6 +47,7 @@ from . import flags, hub
 from .chat import ChatConfig
 from .cli import main
 from .config import MATRICES, Setup, Size
+from .epochs import COUNTS, counted_in_steps
 from .train import train
 from .wrapped import ANY, OVER, WRAPPED, parts
 
@@ -197,21 +198,16 @@ PRESETS["sumo-mawps"] = dataclasses.replace(
 def parse(args: Sequence[str] | None = None, program: str = "") -> Finetune:
     """The config that a command line of `program` asks for. Raises UsageError."""
     words = flags.typed(args)
-    named = [v or (words[i + 1] if i + 1 < len(words) else "") for i, (f, v) in flags.given(words) if f == "--preset"]
-    if named and named[-1] not in PRESETS:
-        raise UsageError(f"--preset: got {named[-1]!r}, expected one of {', '.join(PRESETS)}")
-    config = PRESETS[named[-1] if named else "none"]
-    return read(config, words, program, __doc__)
+    named = flags.values(words).get("--preset", "none")
+    if named not in PRESETS:
+        raise UsageError(f"--preset: got {named!r}, expected one of {', '.join(PRESETS)}")
+    return read(PRESETS[named], words, program, __doc__)
 
 
 def read(config: Config, words: Sequence[str], program: str, description: str | None) -> Config:
     """`config` with what a command line asks for, which says how long in epochs or in steps, and MODEL as a folder or
     by its id. Raises UsageError."""
-    asked = {flag for _, (flag, _) in flags.given(words)}
-    if {"--epochs", "--steps"} <= asked:
-        raise UsageError("--epochs and --steps say the same; give one of them")
-    if "--steps" in asked:
-        config = dataclasses.replace(config, epochs=0.0)
+    config = dataclasses.replace(config, **counted_in_steps(flags.values(words), COUNTS[:1]))
     found = flags.parse(config, words, program, description)
     if found.init is None or (folder := hub.folder(found.init)) == found.init:
         return found

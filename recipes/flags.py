@@ -72,6 +72,11 @@ def given(words: Sequence[str]) -> list[tuple[int, tuple[str, str]]]:
     return [(i, (word.partition("=")[0], word.partition("=")[2])) for i, word in enumerate(words) if word[:2] == "--"]
 
 
+def values(words: Sequence[str]) -> dict[str, str]:
+    """The value of each flag among words, in its own word or the next one; the last counts."""
+    return {flag: value or (words[i + 1] if i + 1 < len(words) else "") for i, (flag, value) in given(words)}
+
+
 def respelled(config: TrainConfig, words: Sequence[str]) -> list[str]:
     """The command line with the recipe's other names of flags, such as `--profile paper`, as `--optimizer NAME` and the
     flags of options. Raises UsageError."""

@@ -9,8 +9,7 @@ linear decay to 0 after a tenth of the steps, dropout as in the model's config.j
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,8 +26,9 @@ from models.encoder import Encoder
 from models.encoder_config import EncoderConfig
 from optimizers.contract import Optimizer, Params, UsageError
 
-from . import flags
 from .config import Setup, Size, TrainConfig
+from .epochs import EpochConfig
+from .errors import usage
 
 Name = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli-mm", "qnli", "rte", "wnli", "custom"]
 MATRICES = r"\blayer\.\d+\..*(query|key|value|dense)\.weight$"  # attention and MLP of an encoder's layers
@@ -38,7 +38,7 @@ TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp")  # of the
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueConfig(TrainConfig):
+class GlueConfig(EpochConfig):
     """Flags of every recipe that fine-tunes an encoder on labelled texts."""
 
     init: Path | None = None
@@ -104,6 +104,9 @@ class GlueConfig(TrainConfig):
         """Fields as a paper has them for this task. Raises UsageError where it says nothing of it."""
         raise UsageError(f"--preset paper: this recipe has no published settings for {task}; leave it out")
 
+    def asked_of_paper(self, given: Mapping[str, str]) -> Mapping[str, Any]:
+        return self.published(given.get("--task", self.task)) if given.get("--preset") == "paper" else {}
+
     @property
     def named(self) -> str:
         return f"{self.task}-{super().named}"
@@ -151,9 +154,6 @@ class GlueConfig(TrainConfig):
             raise UsageError(f"--metrics: got {odd[0]!r}, expected some of {', '.join(known)} for --task {self.task}")
         scores(self.layout.scores, None if self.regression else max(len(self.layout.labels), 2))
         self.at_least("eval_rows", 0)
-        for name in ("epochs", "eval_epochs"):
-            if not 0 <= getattr(self, name) < 1e6:
-                raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a number above 0")
 
     def check_init(self, plan: bool = False) -> None:
         if self.init is None or not (plan or self.resume == "never"):
@@ -185,12 +185,6 @@ class GlueConfig(TrainConfig):
             found = encoder_weights.sources(model, self.init, self.new_head)
             encoder_weights.fill(params, model, found, self.seed)
 
-    def settled(self, epoch: int) -> Any:
-        """The same, with the steps that --epochs and --eval-epochs are."""
-        steps = max(round(self.epochs * epoch), 1) if self.epochs else self.steps
-        every = max(round(self.eval_epochs * epoch), 1) if self.eval_epochs else self.eval_every
-        return dataclasses.replace(self, steps=steps, eval_every=every)
-
     def blank(self, rows: int) -> Batch:
         return sequences.blank(rows, self.sequence, torch.float32 if self.regression else torch.int64)
 
@@ -204,42 +198,6 @@ class GlueConfig(TrainConfig):
         if found.unused:
             said.append(f"of {self.init} not used: {', '.join(found.unused)}")
         return said
-
-
-@contextmanager
-def usage(flag: str) -> Any:
-    """Raises UsageError, which names the flag, for a ValueError inside."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from None
-
-
-def begun(config: GlueConfig, words: Sequence[str]) -> GlueConfig:
-    """What a command line begins with: `config`, or with --preset paper what the paper has for the --task. Steps and
-    evaluations that are counted in steps are not counted in epochs too. Raises UsageError."""
-    given = {flag: value or (words[i + 1] if i + 1 < len(words) else "") for i, (flag, value) in flags.given(words)}
-    counted: dict[str, Any] = {}
-    for epochs, steps in (("epochs", "steps"), ("eval-epochs", "eval-every")):
-        if {f"--{epochs}", f"--{steps}"} <= given.keys():
-            raise UsageError(f"--{epochs} and --{steps} say the same; give one of them")
-        if f"--{steps}" in given:
-            counted[epochs.replace("-", "_")] = 0.0
-    if given.get("--preset") == "paper":
-        task = given.get("--task", config.task)
-        counted = {**config.published(task), **counted}
-    return dataclasses.replace(config, **counted)
-
-
-def commands(presets: Mapping[str, tuple[str, Any]], args: Sequence[str] | None) -> Mapping[str, tuple[str, Any]]:
-    """A recipe's presets, that of "glue" as the command line asks for it. Raises UsageError."""
-    words = flags.typed(args)
-    if words[:1] != ["glue"]:
-        return presets
-    said, config = presets["glue"]
-    return {**presets, "glue": (said, begun(config, words[1:]))}
 
 
 # Settings that several papers share, of RoBERTa-base.

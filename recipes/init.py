@@ -5,8 +5,6 @@ Errors are UsageError: the file, the tensor, what was got, what was expected, an
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,21 +14,15 @@ from models.gpt2_config import Gpt2Config
 from models.weights import Config, Model
 from optimizers.contract import Params, UsageError
 
+from .errors import usage
+
 Shape = TypeVar("Shape", bound=Config)
 BESIDE = ("special_tokens_map.json", "generation_config.json", "chat_template.jinja", "chat_template.json")
 
 
-@contextmanager
-def _usage(flag: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(f"{flag}: {error}") from None
-
-
 def shape(folder: Path, vocabulary: int, tokenizer: str, kind: type[Shape]) -> Shape:
     """The model's own. Raises UsageError where it is not of this kind, or the tokenizer's vocabulary is larger."""
-    with _usage("--init"):
+    with usage("--init"):
         config = weights.config_of(folder)
         weights.check_vocabulary(vocabulary, config, tokenizer, folder)
     if not isinstance(config, kind):
@@ -51,7 +43,7 @@ def bare(folder: Path) -> bool:
 def check(folder: Path, sequence: int, read: bool) -> None:
     """Raises UsageError where the model has fewer positions than a sequence or, if its weights are to be `read`, where
     the folder's files do not hold what its config.json describes. Reads heads only."""
-    with _usage("--init"):
+    with usage("--init"):
         config = weights.config_of(folder)
         if read:
             weights.check(weights.empty(config), weights.tensors_of(folder), folder)
@@ -64,7 +56,7 @@ def check(folder: Path, sequence: int, read: bool) -> None:
 
 def fill(folder: Path, model: Model, params: Params) -> None:
     """The folder's values for parameters that have memory, tensor by tensor."""
-    with _usage("--init"):
+    with usage("--init"):
         stored = weights.tensors_of(folder)
         weights.check(model, stored, folder)
         weights.fill(params, stored)

@@ -37,7 +37,8 @@ from optimizers.wrappers.traversal import coordinates, duration, gives_up, layer
 from . import flags, gpt2, snsm, vision
 from .cli import main
 from .config import MATRICES, Setup, TrainConfig
-from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, commands, of_table
+from .epochs import commands
+from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, of_table
 from .omgd_toy import Toy, toy
 from .train import train
 from .vision import ResnetConfig, VitConfig
@@ -335,9 +336,7 @@ def run(config: Toy | Pretrain | Memory) -> None:
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Toy | Pretrain | Memory:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    found: Toy | Pretrain | Memory = flags.parse_presets(
-        vision.commands(commands(COMMANDS, args), args), args, program, __doc__
-    )
+    found: Toy | Pretrain | Memory = flags.parse_presets(commands(COMMANDS, args), args, program, __doc__)
     return found
 
 

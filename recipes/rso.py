@@ -26,7 +26,8 @@ from optimizers.wrappers.rso import SHARED, rso
 from . import flags
 from .cli import main
 from .config import Setup, TrainConfig, rest_for
-from .glue import HERE, TASKS, GlueConfig, commands, of_table
+from .epochs import commands
+from .glue import HERE, TASKS, GlueConfig, of_table
 from .rso_toy import Toy, toy
 from .train import train
 

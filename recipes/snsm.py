@@ -20,6 +20,7 @@ from optimizers.rules.snsm import adam_snsm, snsm
 from . import flags, vision
 from .cli import main
 from .config import TrainConfig, rest_for
+from .epochs import commands
 from .train import train
 from .vision import Body, VitConfig
 
@@ -116,7 +117,7 @@ PRESETS: dict[str, tuple[str, Snsm]] = {
 
 def parse(args: Sequence[str] | None = None, program: str = "") -> Snsm:
     """The config that a command line of `program` asks for. Raises UsageError."""
-    found: Snsm = flags.parse_presets(vision.commands(PRESETS, args), args, program, __doc__)
+    found: Snsm = flags.parse_presets(commands(PRESETS, args), args, program, __doc__)
     return found
 
 

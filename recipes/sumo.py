@@ -28,7 +28,8 @@ from . import flags
 from . import sumo_condition as condition
 from .cli import main
 from .config import TrainConfig, groups_for
-from .glue import HERE, GlueConfig, commands, of_table
+from .epochs import commands
+from .glue import HERE, GlueConfig, of_table
 from .train import train
 
 

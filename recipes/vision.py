@@ -9,8 +9,7 @@ two cores.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,15 +25,16 @@ from models.vit_config import ViTConfig
 from optimizers.contract import Group, Optimizer, Params, UsageError
 from optimizers.flattened import flattened
 
-from . import flags
 from .config import Setup, Size, TrainConfig, groups_for
+from .epochs import EpochConfig
+from .errors import usage
 
 PADDING = 4
 Preset = Literal["here", "cifar10", "cifar100", "imagenet"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig(TrainConfig):
+class VisionConfig(EpochConfig):
     """Flags of every recipe that classifies images."""
 
     data: tuple[str, ...] = ()
@@ -95,6 +95,10 @@ class VisionConfig(TrainConfig):
         """Fields as a paper has them for this set. Raises UsageError where it says nothing of it."""
         raise UsageError(f"--preset {preset}: this recipe has no published settings for it; leave it out")
 
+    def asked_of_paper(self, given: Mapping[str, str]) -> Mapping[str, Any]:
+        preset = given.get("--preset", "here")
+        return {} if preset == "here" else {**self.published(preset), "preset": preset}
+
     @property
     def named(self) -> str:
         source = Path(self.data[0]).resolve() if self.data else Path("images")
@@ -120,9 +124,6 @@ class VisionConfig(TrainConfig):
             raise UsageError("--num-classes: got 1, expected two or more")
         if self.padding != PADDING and self.augment != "crop-flip":
             raise UsageError(f"--padding: changes nothing with --augment {self.augment}; leave it out")
-        for name in ("epochs", "eval_epochs"):
-            if not 0 <= getattr(self, name) < 1e6:
-                raise UsageError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected a number above 0")
         if self.found or self.image_size or self.init:  # else the data say the size, which are not read yet
             with usage(""):
                 self.network_config(self.vocabulary())
@@ -140,12 +141,6 @@ class VisionConfig(TrainConfig):
     def network_config(self, classes: int) -> Any:
         """The model's shape. Raises ValueError."""
         raise NotImplementedError
-
-    def settled(self, epoch: int) -> Any:
-        """The same, with the steps that --epochs and --eval-epochs are."""
-        steps = max(round(self.epochs * epoch), 1) if self.epochs else self.steps
-        every = max(round(self.eval_epochs * epoch), 1) if self.eval_epochs else self.eval_every
-        return dataclasses.replace(self, steps=steps, eval_every=every)
 
     def blank(self, rows: int) -> Batch:
         return images.blank(rows, self.planes, self.side)
@@ -276,41 +271,6 @@ class ResnetConfig(VisionConfig):
             Group(f"{rule.name}-norms", rule, (self.vectors,), self.lr, 0.0, "norms and biases: never decayed"),
             Group(rule.name, rule, ("",), self.lr, self.weight_decay, "convolutions and the last layer"),
         ]
-
-
-@contextmanager
-def usage(flag: str) -> Any:
-    """Raises UsageError, which names the flag, for a ValueError inside."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"{flag}: {error}" if flag else str(error)) from None
-
-
-def begun(config: Any, words: Sequence[str]) -> Any:
-    """What a command line begins with: `config`, or with --preset what a paper has. Steps and evaluations that are
-    counted in steps are not counted in epochs too. Raises UsageError."""
-    given = {flag: value or (words[i + 1] if i + 1 < len(words) else "") for i, (flag, value) in flags.given(words)}
-    preset = given.get("--preset", "here")
-    if preset != "here":
-        config = dataclasses.replace(config, **{**config.published(preset), "preset": preset})
-    for epochs, steps in (("epochs", "steps"), ("eval-epochs", "eval-every")):
-        if {f"--{epochs}", f"--{steps}"} <= given.keys():
-            raise UsageError(f"--{epochs} and --{steps} say the same; give one of them")
-        if f"--{steps}" in given:
-            config = dataclasses.replace(config, **{epochs.replace("-", "_"): 0.0})
-    return config
-
-
-def commands(presets: Mapping[str, tuple[str, Any]], args: Sequence[str] | None) -> Mapping[str, tuple[str, Any]]:
-    """A recipe's presets, those of images as the command line asks for them. Raises UsageError."""
-    words = flags.typed(args)
-    if not words or words[0] not in ("vit", "resnet") or words[0] not in presets:
-        return presets
-    said, config = presets[words[0]]
-    return {**presets, words[0]: (said, begun(config, words[1:]))}
 
 
 # Settings that OMGD's paper (arXiv 2603.05960) and its code share over masks and baselines. [P] paper, [C] code.
