@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DecoderConfig
-from .layers import MLP, Attention, Block, Cache, Linear, RMSNorm
+from .layers import MLP, Attention, Block, Cache, Linear, RMSNorm, allocate
 from .packed import Documents, documents_of
 from .rope import Rotary
 from .segment import IGNORED, Batch, Segment
 
 DRAWN = 2**15  # numbers that initialisation draws at once
-SLOTS = ("P", "B")  # parameters of `layers.attach`, which an optimizer's state stands in for
 
 
 class Stack(nn.Module):
@@ -87,12 +86,10 @@ class Decoder(nn.Module):
         Parameters hold nothing until `init_weights` or a checkpoint fills them; slots of `layers.attach` stay as they
         are. Buffers are filled.
         """
-        for module in list(self.modules()):
+        allocate(self, device)
+        for module in self.modules():
             if isinstance(module, Rotary):
                 module.fill(torch.device(device))
-            for name, p in module.named_parameters(recurse=False):
-                if p.is_meta and name not in SLOTS:
-                    setattr(module, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

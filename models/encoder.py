@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .decoder import SLOTS, draw_normal
+from .decoder import draw_normal
 from .encoder_config import EncoderConfig
 from .encoder_heads import BertRows, BertTokens, Pooler, RobertaRows, RobertaTokens, class_loss, number_loss, token_loss
-from .layers import Linear
+from .layers import Linear, allocate
 from .segment import Batch, Loss, Segment
 
 Call = Callable[[nn.Module, Tensor | None, Batch], Tensor | Loss]
@@ -162,10 +162,7 @@ class Encoder(nn.Module):
     def allocate(self, device: torch.device | str) -> None:
         """Give a model that was made on the meta device memory on `device`, a tensor at a time, in the dtypes it has.
         Parameters hold nothing until `init_weights` or a checkpoint fills them; slots of `layers.attach` stay."""
-        for module in list(self.modules()):
-            for name, p in module.named_parameters(recurse=False):
-                if p.is_meta and name not in SLOTS:
-                    setattr(module, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+        allocate(self, device)
 
     @torch.no_grad()
     def init_weights(self, seed: int, names: frozenset[str] | None = None) -> None:

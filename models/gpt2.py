@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .decoder import draw_normal, summed
 from .gpt2_config import Gpt2Config
-from .layers import Cache
+from .layers import Cache, allocate
 from .packed import Documents, documents_of, seen
 from .segment import IGNORED, Batch, Segment
 
@@ -151,10 +151,7 @@ class Gpt2(nn.Module):
     def allocate(self, device: torch.device | str) -> None:
         """Give a model that was made on the meta device memory on `device`, a tensor at a time, in the dtypes it has.
         Parameters hold nothing until `init_weights` or a checkpoint fills them."""
-        for module in self.modules():
-            for name, p in module.named_parameters(recurse=False):
-                if p.is_meta:
-                    setattr(module, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+        allocate(self, device)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

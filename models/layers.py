@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .packed import Documents, attend
 from .rope import Rotary
 
+SLOTS = ("P", "B")  # parameters of `attach`, which an optimizer's state stands in for
+
 
 class Linear(nn.Linear):
     """`x Wᵀ`, weight (out, in), without a bias unless asked for.
@@ -88,6 +90,15 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:
         (z,) = ctx.saved_tensors
         return dy, None, dy.flatten(0, -2).T @ z.flatten(0, -2)
+
+
+def allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Give the parameters of a model that was made on the meta device memory on `device`, a tensor at a time, in the
+    dtypes they have. They hold nothing until they are drawn or read; slots of `attach` stay as they are."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.is_meta and name not in SLOTS:
+                setattr(module, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
 
 
 def attach(module: nn.Module, names: Iterable[str], rank: int, form: str = "merged") -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .decoder import draw_normal
 from .encoder_heads import class_loss
+from .layers import allocate
 from .segment import Batch, Segment
 
 
@@ -169,10 +170,8 @@ class ResNet(nn.Module):
     def allocate(self, device: torch.device | str) -> None:
         """Give a model that was made on the meta device memory on `device`, a tensor at a time, in the dtypes it has.
         Parameters hold nothing until `init_weights` or a checkpoint fills them; running statistics are fresh ones."""
+        allocate(self, device)
         for module in self.modules():
-            for name, p in module.named_parameters(recurse=False):
-                if p.is_meta:
-                    setattr(module, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
             if isinstance(module, nn.BatchNorm2d):
                 for name, b in module.named_buffers(recurse=False):
                     setattr(module, name, torch.empty_like(b, device=device) if b.is_meta else b)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .decoder import SLOTS, draw_normal
+from .decoder import draw_normal
 from .encoder_heads import class_loss
-from .layers import Linear
+from .layers import Linear, allocate
 from .segment import Batch, Segment
 from .vit_config import ViTConfig
 
@@ -137,10 +137,7 @@ class ViT(nn.Module):
     def allocate(self, device: torch.device | str) -> None:
         """Give a model that was made on the meta device memory on `device`, a tensor at a time, in the dtypes it has.
         Parameters hold nothing until `init_weights` or a checkpoint fills them; slots of `layers.attach` stay."""
-        for module in self.modules():
-            for name, p in module.named_parameters(recurse=False):
-                if p.is_meta and name not in SLOTS:
-                    setattr(module, name, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+        allocate(self, device)
 
     @torch.no_grad()
     def init_weights(self, seed: int, names: frozenset[str] | None = None) -> None:
