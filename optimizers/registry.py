@@ -14,6 +14,7 @@ FILES = (
     "adamw",
     "sgd",
     "muon",
+    "scale",
     "galore",
     "snsm",
     "sumo",

@@ -103,7 +103,7 @@ def test_other_names_of_flags_mean_the_same_and_help_says_so(other, same):
         ("baseline --optimizer muon --orthogonalize exact --optimizer-steps 3", "--optimizer-steps: changes nothing"),
         ("baseline --match lm_head", "--match: AdamW trains everything here"),
         ("baseline --optimizer galore --rank 4 --optimizer muon", "--rank: muon has no such option"),
-        ("baseline --optimizer galor --rank 4", "--optimizer: got 'galor', expected one of adamw, sgd, muon, galore"),
+        ("baseline --optimizer galor --rank 4", "--optimizer: got 'galor', expected one of adamw, sgd, muon, scale"),
         ("snsm demo --optimizer lisa", "--optimizer: got 'lisa', expected one of adamw, sgd"),
         ("sumo condition --optimizer galore", "--optimizer: got 'galore', expected one of sumo, sumo_paper"),
         ("sumo demo --profile best", "--profile: got 'best', expected one of recommended, paper, release"),

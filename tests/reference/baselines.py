@@ -1,4 +1,5 @@
-"""The baselines in float64: AdamW (arXiv 1711.05101) and GaLore (arXiv 2403.03507). Muon and SGD: see torch.optim.
+"""The baselines in float64: AdamW (arXiv 1711.05101), GaLore (arXiv 2403.03507) and SCALE (arXiv 2506.16659). Muon and
+SGD: see torch.optim.
 
 (1)  m_t = b1 m_{t-1} + (1 - b1) g,  v_t = b2 v_{t-1} + (1 - b2) g^2
 (2)  AdamW: w <- (1 - lr wd) w - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - b1^t),  v^ = v / (1 - b2^t)
@@ -6,6 +7,7 @@
      sqrt(1 - b2^t) / (1 - b1^t), lifted back by Q;  W <- W - lr scale N;  then W <- W - lr wd W
 (4)  at a refresh: moments kept, cleared with their count of steps, or (ours) rotated, m by R = Q_new^T Q_old and v
      by R^2
+(5)  SCALE: M_t = mu M_{t-1} + (1 - mu) G;  w <- (1 - lr wd) w - lr M_ij / sqrt(mean_j M_ij^2), or the mean over i
 """
 
 import numpy as np
@@ -62,3 +64,16 @@ class Galore:
         n = self.m / (np.sqrt(self.v) + self.eps) * np.sqrt(1 - self.b2**self.t) / (1 - self.b1**self.t)
         w = self.w - lr * self.scale * (n @ self.q.T if self.tall else self.q @ n)
         self.w = w - lr * wd * w
+
+
+class Scale:
+    """(5) of one matrix (out, in); `axis` is that over which an average is taken."""
+
+    def __init__(self, w: Array, momentum: float, axis: int) -> None:
+        self.w, self.momentum, self.axis = w.astype(np.float64), momentum, axis
+        self.m = np.zeros_like(self.w)
+
+    def step(self, g: Array, lr: float, wd: float) -> None:
+        self.m = self.momentum * self.m + (1 - self.momentum) * g.astype(np.float64)
+        size = np.sqrt(np.mean(self.m**2, axis=self.axis, keepdims=True))
+        self.w = self.w - lr * (self.m / size + wd * self.w)

@@ -1,11 +1,11 @@
-"""The baselines: parity with torch.optim, and GaLore's algorithm in float64."""
+"""The baselines: parity with torch.optim, and GaLore's and SCALE's algorithms in float64."""
 
 import numpy as np
 import pytest
 import torch
 from helpers.close import assert_follows
 from helpers.matrices import hyper, randn
-from reference.baselines import AdamW, Galore
+from reference.baselines import AdamW, Galore, Scale
 
 from optimizers.apply import add
 from optimizers.contract import Rule, UsageError
@@ -13,6 +13,7 @@ from optimizers.random import Key
 from optimizers.rules.adamw import adamw
 from optimizers.rules.galore import galore
 from optimizers.rules.muon import muon
+from optimizers.rules.scale import scale
 from optimizers.rules.sgd import sgd
 
 RANK, GAP = 4, 3
@@ -80,6 +81,34 @@ def test_galore_is_its_algorithm_in_float64(moments, shape, method):
         assert_follows(p, replay.w, way, atol=1e-6, said=f"step {t}")
 
 
+# SCALE --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(14, 9), (9, 14)])
+@pytest.mark.parametrize(("each", "axis"), [("row", 1), ("column", 0)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_scale_is_its_algorithm_in_float64(shape, each, axis, momentum):
+    rule, p = scale(momentum, each), randn(*shape)
+    slots, replay, way = rule.init(p), Scale(p.numpy(), momentum, axis), np.zeros(shape)
+    for t in range(10):
+        g = randn(*shape, seed=t) * 10.0 ** (t % 3 - 4)
+        before = replay.w
+        replay.step(g.numpy(), 0.01, 0.1)
+        way += np.abs(replay.w - before)
+        delta, slots = rule.update(g, slots, p, hyper(0.01, 0.1))
+        p = add(p, delta)
+        assert_follows(p, replay.w, way, said=f"step {t}")
+
+
+def test_scale_keeps_nothing_without_momentum_and_a_row_of_zeros_rests():
+    rule, p, g = scale(), randn(6, 4), randn(6, 4, seed=1)
+    g[2] = 0
+    assert rule.init(p) == {} and rule.slots == ()
+    delta, _ = rule.update(g, {}, p, hyper(1.0))
+    assert not delta[2].any()
+    torch.testing.assert_close(delta.square().mean(1).sqrt(), (g != 0).any(1).float(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_adamw_is_its_algorithm_in_float64(eps):
     rule, p = adamw((0.8, 0.95), eps), randn(9, 5)
@@ -101,6 +130,10 @@ def test_adamw_is_its_algorithm_in_float64(eps):
         (lambda: muon(adjust_lr="spectral"), "adjust_lr .* got 'spectral'"),
         (lambda: muon(orthogonalize="qr"), "orthogonalize .* got 'qr'"),
         (lambda: sgd(0.0, nesterov=True), "nesterov needs a momentum"),
+        (lambda: scale(1.0), "momentum must lie in .* got 1.0"),
+        (lambda: scale(each="entry"), "each must be .* got 'entry'"),
+        (lambda: scale(eps=0.0), "eps must be above 0, got 0.0"),
+        (lambda: scale().init(torch.zeros(3)), r"scale needs a matrix, got shape \(3,\)"),
         (lambda: muon().init(torch.zeros(3)), r"muon needs a matrix, got shape \(3,\)"),
         (lambda: galore(9).init(torch.zeros(8, 20)), r"rank must lie in \[1, 8\] .* got 9"),
         (lambda: galore(1).init(torch.zeros(8)), "needs a matrix"),

@@ -19,6 +19,8 @@ FLOATS: dict[str, Callable[[int, int], int]] = {  # scalars apart
     "adamw": lambda m, n: 2 * m * n,
     "sgd": lambda m, n: m * n,
     "muon": lambda m, n: m * n,
+    "scale": lambda m, n: 0,
+    "scale head": lambda m, n: m * n,
     "galore": lambda m, n: basis(m, n, 2),
     "adam_sn": lambda m, n: m * n + max(m, n),
     "adagrad_sn": lambda m, n: m * n + max(m, n),
@@ -34,7 +36,11 @@ FLOATS: dict[str, Callable[[int, int], int]] = {  # scalars apart
     "sumo_paper": lambda m, n: basis(m, n),
     "sumo_release": lambda m, n: basis(m, n),
 }
-OPTIONS = {"snsm topk": dict(proj_type="topk"), "sumo track": dict(basis="track", side="longer")}
+OPTIONS = {
+    "scale head": dict(momentum=0.9),
+    "snsm topk": dict(proj_type="topk"),
+    "sumo track": dict(basis="track", side="longer"),
+}
 
 
 @pytest.mark.parametrize("case", FLOATS)
