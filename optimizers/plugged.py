@@ -83,9 +83,10 @@ def check_owned(state: Mapping[Any, Any], names: Mapping[Tensor, str], masked: b
             "state: got that of a parameter which is in no group: a host has put other tensors in the groups, as "
             "FSDP2's prepare does, and left the state behind; make the optimizer after the model is wrapped"
         )
-    lost = [name for p, name in names.items() if p not in state and (not masked or p.grad is not None)]
+    asks = {p: p.requires_grad or p.grad is not None for p in names}
+    lost = [name for p, name in names.items() if p not in state and (not masked or asks[p])]
     if lost and masked:
-        raise UsageError(f"{lost[0]}: is frozen now, and has a gradient; leave requires_grad to the optimizer")
+        raise UsageError(f"{lost[0]}: is frozen now, and asks for a gradient; leave requires_grad to the optimizer")
     if lost:
         raise UsageError(
             f"{lost[0]}: has no state: a host has put other tensors in the groups or cleared the state; make the "
@@ -107,6 +108,12 @@ def checked(given: Mapping[str, Slots], expected: State) -> Mapping[str, Slots]:
                 "parameters that the state was saved with"
             )
     return given
+
+
+def check_dense(name: str, g: Tensor | None) -> None:
+    """Raises UsageError for a sparse gradient."""
+    if g is not None and g.is_sparse:
+        raise UsageError(f"{name}: got a sparse gradient, expected a dense one; give sparse=False")
 
 
 def form(slots: Mapping[str, Any]) -> dict[str, object]:

@@ -7,8 +7,8 @@
     print(opt.receipt())                                                    who trains what
 
 It moves tensors by the engine's kernel, compiled or not: there is no second implementation, and a rule that is added to
-the registry is here too. What it does not have is the engine's order: all gradients exist before `step`, so the memory
-that segments save is not saved here.
+the registry is here too. What it does not have is the engine's order: all gradients exist before `step`, unless
+`in_backward` says otherwise, and activations are the loop's.
 
     state        opt.state[p] = {slot: tensor}, made with the optimizer; saved with state_dict(), dtypes as they are
     clock        group["count"], the steps that were taken; every draw is a function of it, the seed and a name

@@ -46,7 +46,7 @@ def test_twelve_steps_with_a_resume_are_those_of_the_engine(name, masks):
         held = {n for n, p in mine.named_parameters() if p in opt.state}
         assert not now & held and now | held == set(dict(mine.named_parameters()))
         engine_step(step, theirs, i)
-        switching = opt._optimizers[0].switches(i + 1)
+        switching = opt._made.optimizers[0].switches(i + 1)
         facade_step(opt, mine, i)
         assert same(weights(mine), weights(theirs)), i
         if not switching:
@@ -79,7 +79,7 @@ def test_what_a_loop_cannot_follow_is_refused():
     assert "more" not in opt.owners()
     facade_step(opt, model, 0)
     model.requires_grad_(True)
-    with pytest.raises(UsageError, match="is frozen now, and has a gradient"):
+    with pytest.raises(UsageError, match="is frozen now, and asks for a gradient"):
         facade_step(opt, model, 1)
     with pytest.raises(UsageError, match="saved under"):
         facade(toy(), "adamw").load_state_dict(opt.state_dict())

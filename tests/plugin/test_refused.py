@@ -148,7 +148,7 @@ def test_every_flag_and_key_changes_something():
     """By name: a new one has to be put here, with the test that shows what reads it."""
     flags = set(inspect.signature(torch_optim.RuleOptimizer.__init__).parameters) - {"self", "params", "options"}
     assert flags == {
-        *("lr", "weight_decay", "rest", "rest_lr", "rest_options", "match", "wrap", "seed"),
+        *("lr", "weight_decay", "rest", "rest_lr", "rest_options", "match", "wrap", "in_backward", "seed"),
         *("stagger", "stochastic_rounding", "compile", "maximize", "foreach", "fused", "capturable", "differentiable"),
     }
     assert set(OWN) <= flags
