@@ -90,6 +90,7 @@ class Snsm:
         found = set() if inside else subspace
         found |= set() if inside and self.correct_bias else {"correct_complement"}
         found |= set() if self.second == "subset" and b2 else {"subset"}
+        found |= (set() if b1 else {"numerator"}) | (set() if b2 else {"second"})
         return found | (set() if self.second != "none" and b2 else {"eps"})
 
 

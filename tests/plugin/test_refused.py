@@ -1,16 +1,14 @@
 """What is not honoured is refused by a message that says what to do: nothing is accepted and read by nothing."""
 
 import copy
-import inspect
 
 import pytest
 import torch
-from helpers.plugged import LR, facade, facade_step, gradients, options, same_state, toy
+from helpers.plugged import LR, facade, facade_step, options, same_state, toy
 from torch import nn
 
 from optimizers import torch_optim
 from optimizers.contract import UsageError
-from optimizers.groups import OWN
 from optimizers.registry import RULES
 
 
@@ -142,42 +140,6 @@ def test_options_in_a_group_after_it_was_made(key):
     opt.param_groups[0]["options"] = {**opt.param_groups[0]["options"], "rho": 0.0}
     with refused("were changed"):
         facade_step(opt, model, 0)
-
-
-def test_every_flag_and_key_changes_something():
-    """By name: a new one has to be put here, with the test that shows what reads it."""
-    flags = set(inspect.signature(torch_optim.RuleOptimizer.__init__).parameters) - {"self", "params", "options"}
-    assert flags == {
-        *("lr", "weight_decay", "rest", "rest_lr", "rest_options", "match", "wrap", "in_backward", "seed"),
-        *("stagger", "stochastic_rounding", "compile", "maximize", "foreach", "fused", "capturable", "differentiable"),
-    }
-    assert set(OWN) <= flags
-    moved = {}
-    changed = {
-        "seed": 1,
-        "stagger": False,
-        "rest_lr": 0.5,
-        "rest_options": {"eps": 0.1},
-        "rest": "sgd",
-        "maximize": True,
-    }
-    for flag, value in {"": None, **changed}.items():
-        model = toy()
-        opt = facade(model, "sumo", **({flag: value} if flag else {}))
-        for i in range(4):
-            facade_step(opt, model, i) if flag != "rest_lr" else _step(opt, model, i)
-        moved[flag] = torch.cat([p.detach().flatten() for p in model.parameters()])
-    for flag in changed:
-        assert not torch.equal(moved[""], moved[flag]), flag
-    one, other = ({"params": toy().named_parameters(), "seed": seed} for seed in (0, 1))
-    opts = [torch_optim.SUMO([group], lr=LR, **options("sumo")) for group in (one, other)]
-    assert [opt.param_groups[0]["seed"] for opt in opts] == [0, 1]
-
-
-def _step(opt, model, i):
-    opt.zero_grad()
-    model(gradients(model, i)).backward()
-    opt.step()
 
 
 @pytest.mark.parametrize(

@@ -126,12 +126,15 @@ def test_idle_options_change_no_step():
         ("snsm", {"numerator": "ema"}),
         ("snsm", {"second": "none"}),
         ("snsm", {"correct_bias": False}),
+        ("snsm", {"betas": (0.0, 0.9)}),
+        ("snsm", {"betas": (0.9, 0.0)}),
         ("sumo", {"rho": 0.0}),
         ("sumo", {"refresh_below": 1e9}),
         ("muon", {"orthogonalize": "exact"}),
     ):
         other = {"rank": 2, "update_proj_gap": 7, "proj_type": "svd", "moments": "keep", "subset": "sqrt", "eps": 1e-2}
         other |= {"correct_complement": False, "perpendicular": "normalized", "steps": 2, "dtype": "float32"}
+        other |= {"numerator": "ema", "second": "coordinate"}
         family = RULES[name]
         rank = {"rank": 4} if name != "muon" else {}
         first = family.default(**rank, **changes)
@@ -150,7 +153,16 @@ def test_idle_options_change_no_step():
                     p = p + delta
                 moved.append(p)
             assert torch.equal(*moved), (name, changes, option)
-    assert seen >= {"rank", "update_proj_gap", "subset", "eps", "correct_complement", "perpendicular", "steps"}
+    assert seen >= {
+        "rank",
+        "update_proj_gap",
+        "subset",
+        "eps",
+        "correct_complement",
+        "perpendicular",
+        "steps",
+        "numerator",
+    } | {"second"}
 
 
 def test_rank_and_gap_go_with_the_preset_and_all_else_with_the_rule():
