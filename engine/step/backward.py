@@ -12,7 +12,8 @@ from torch import Tensor
 
 from optimizers.contract import Params
 
-from .segments import Batch, Chain, Head, accumulate, leaf, reciprocal
+from .gradients import Head, accumulate, leaf, reciprocal
+from .segments import Batch, Chain
 
 Use = Callable[[Params], None]
 

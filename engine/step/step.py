@@ -20,9 +20,11 @@ from optimizers.missing import Missing
 from optimizers.random import Key, fold
 
 from . import backward
+from .gradients import reciprocal
 from .observer import Observer
 from .randomness import Draws
-from .segments import Batch, Chain, Segment, reciprocal, valid
+from .segments import Batch, Chain, Segment
+from .tokens import valid
 
 Mode = Literal["segments", "off"]
 Clip = Literal["none", "tensor", "global", "previous"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from engine.memory import counted_peak
-from engine.step.segments import cut, leaf
+from engine.step.gradients import leaf
+from engine.step.segments import cut
 from engine.step.step import Step
 from models.llama import PRESETS, Llama, LlamaConfig
 from optimizers.contract import State
