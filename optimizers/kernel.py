@@ -58,8 +58,20 @@ def rebuild_in_place(
     return ok
 
 
-def seeds(key: Key, names: Sequence[str], step: int, device: torch.device) -> Tensor:
-    """Of stochastic rounding, (len(names),) int32: for each tensor and step another one, and no pattern returns."""
-    words = [word(key, "rounding", name, step) for name in names]
-    host = torch.tensor(words, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+class Seeds:
+    """Of stochastic rounding: for each tensor and step another one, and no pattern returns.
+
+    A tensor's own number goes to the device once. What a step adds to it is made there, so that no step waits.
+    """
+
+    def __init__(self, key: Key, device: torch.device) -> None:
+        self._key, self._device = key, device
+        self._own: dict[tuple[str, ...], Tensor] = {}
+
+    def at(self, names: tuple[str, ...], step: int) -> Tensor:
+        """(len(names),) int32."""
+        if names not in self._own:
+            words = [word(self._key, "rounding", name) for name in names]
+            self._own[names] = torch.tensor(words, dtype=torch.int32, device=self._device)
+        factor, shift = (word(self._key, part, step) for part in ("rounding factor", "rounding shift"))
+        return self._own[names] * (factor | 1) + shift  # odd: numbers that differ stay different

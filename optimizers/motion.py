@@ -12,7 +12,7 @@ from .assembled import Assembled, key_of, named
 from .compile import compiled
 from .contract import Hyper, Rule, Slots, UsageError
 from .groups import Groups
-from .kernel import Kernel, make_kernel, rebuild_in_place, seeds
+from .kernel import Kernel, Seeds, make_kernel, rebuild_in_place
 from .random import Key
 from .routing import block
 
@@ -43,6 +43,11 @@ class Kernels:
     def __init__(self, compile: bool, clip: Bound) -> None:
         self._compile, self._clip = compile, clip
         self._made: dict[object, Kernel] = {}
+        self._seeds: dict[tuple[Key, torch.device], Seeds] = {}
+
+    def seeds(self, layer: Layer) -> Seeds:
+        """Of stochastic rounding in this layer."""
+        return self._seeds.setdefault((layer.key, layer.device), Seeds(layer.key, layer.device))
 
     def of(self, members: Sequence[Member]) -> Kernel:
         """The update of these parameters, shared by all layers with the same rules, shapes and dtypes."""
@@ -101,7 +106,8 @@ class Motion:
             grads.append(optimizer.inward(one.name, -g if one.maximize else g, own))
             self._rebuild(layer, one, grads[-1], own, count)
         bound = members[0].hyper["lr"] if self._bound is None else self._bound.to(layer.device)  # without clip not read
-        seed = seeds(layer.key, [one.name for one in members], count, layer.device) if layer.rounding else None
+        names = tuple(one.name for one in members)
+        seed = self._kernels.seeds(layer).at(names, count) if layer.rounding else None
         params = [one.p.detach() for one in members]
         squares = self._kernels.of(members)(grads, slots, params, [one.hyper for one in members], bound, seed)
         if self._bound is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from optimizers.apply import Bound
 from optimizers.compile import compiled
 from optimizers.contract import Hyper, Optimizer, Params, State, UsageError
-from optimizers.kernel import Kernel, make_kernel, rebuild_in_place, seeds
+from optimizers.kernel import Kernel, Seeds, make_kernel, rebuild_in_place
 from optimizers.missing import Missing
 from optimizers.random import Key, fold
 
@@ -99,7 +99,7 @@ class Step:
                 "or freeze it with requires_grad_(False)"
             )
         self.recompute, self.clip, self.key = recompute, clip, key
-        self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding, self.seeds = stochastic_rounding, Seeds(key, self.device)
         groups = {group.name: group for group in optimizer.owner.values()}
         self.hypers: dict[str, Hyper] = {
             name: {
@@ -282,14 +282,9 @@ class _Update:
         params = [self.step.params[name].detach() for name in names]
         kernel = self.step.kernel(tuple(names))
         with self.step.observer.doing("update", "update"):
-            squares = kernel(list(grads.values()), held, params, hypers, self.bound, self._seeds(names))
+            seed = self.step.seeds.at(tuple(names), self.count) if self.step.stochastic_rounding else None
+            squares = kernel(list(grads.values()), held, params, hypers, self.bound, seed)
         self.squares.append((tuple(grads), squares))
-
-    def _seeds(self, names: Sequence[str]) -> Tensor | None:
-        """Of stochastic rounding, where it is asked for."""
-        if not self.step.stochastic_rounding:
-            return None
-        return seeds(self.step.key, names, self.count, self.step.device)
 
 
 def _is_parameter(p: Tensor) -> bool:

@@ -50,14 +50,15 @@ class ClassScores:
         self.names, self.classes = tuple(names), classes
 
     def of(self, predicted: Tensor, targets: Tensor) -> Sums:
-        counted = targets != IGNORED
-        cells = targets[counted] * self.classes + predicted[counted]
-        table = torch.bincount(cells, minlength=self.classes**2).view(self.classes, self.classes)
-        return {TABLE: table.double().cpu()}
+        cells = torch.where(targets != IGNORED, targets * self.classes + predicted, self.classes**2)
+        counts = torch.zeros(self.classes**2 + 1, dtype=torch.float64, device=cells.device)
+        counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))  # bincount would ask for the largest
+        return {TABLE: counts[:-1].view(self.classes, self.classes)}
 
     def report(self, sums: Mapping[str, Sum]) -> dict[str, float]:
         table = sums[TABLE]
         assert isinstance(table, Tensor)
+        table = table.cpu()
         return {name: self._figure(name, table) for name in self.names}
 
     def _figure(self, name: str, table: Tensor) -> float:
@@ -85,13 +86,14 @@ class NumberScores:
         self.names = tuple(names)
 
     def of(self, predicted: Tensor, targets: Tensor) -> Sums:
-        pairs = torch.stack([predicted.double(), targets.double()], 1)
-        return {PAIRS: Collected(pairs[~targets.isnan()].cpu())}
+        return {PAIRS: Collected(torch.stack([predicted.double(), targets.double()], 1))}
 
     def report(self, sums: Mapping[str, Sum]) -> dict[str, float]:
         pairs = sums[PAIRS]
         assert isinstance(pairs, Collected)
-        return {name: _correlation(name, pairs.rows) for name in self.names}
+        rows = pairs.rows.cpu()
+        rows = rows[~rows[:, 1].isnan()]
+        return {name: _correlation(name, rows) for name in self.names}
 
 
 def scores(names: Sequence[str], classes: int | None) -> Scores:

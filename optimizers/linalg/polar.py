@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..contract import UsageError
+from ..device import free_to_read
 from .bases import gram, tall, unit
 
 LIMIT = 1e-8  # least eigenvalue of a Gram matrix over its largest for which float64 keeps eight digits of the former
@@ -55,7 +56,7 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
     if x.ndim < 2:
         raise UsageError(f"polar needs a matrix, got shape {tuple(x.shape)}; give this tensor to another rule")
     if method == "auto":
-        method = "gram" if x.device.type == "cpu" else "polar_express"
+        method = "gram" if free_to_read(x) else "polar_express"
     o: Tensor = _polar(x, method)
     return o
 
@@ -64,7 +65,7 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
 def _polar(x: Tensor, method: str) -> Tensor:
     """One operator, as `gram` branches on its data, and hundreds of small products are not worth compiling."""
     size = x.abs().amax((-2, -1), keepdim=True)
-    usual = x.device.type == "cpu" and bool(((size > 0) & size.isfinite()).all())  # then nothing is to be masked
+    usual = free_to_read(x) and bool(((size > 0) & size.isfinite()).all())  # then nothing is to be masked
     y = x if usual else torch.where(size.isfinite(), x, 0)
     y = (y if tall(y) else y.mT).reshape(-1, max(x.shape[-2:]), min(x.shape[-2:]))
     o = METHODS[method](y.float() if method == "newton_schulz" else y.double()).float()

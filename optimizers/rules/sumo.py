@@ -40,6 +40,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..contract import Family, Hyper, Kind, Rule, Slots, UsageError, declare
+from ..device import free_to_read
 from ..linalg.polar import METHODS, newton_schulz, polar
 from ..moments import Moments
 from ..random import Key, normal
@@ -158,7 +159,7 @@ def build(name: str, options: Sumo) -> Rule:
         elif refresh_below is not None:
             seen = linalg.project(torch.where(wanted, g, 0).float(), old, other).double().norm(dim=MATRIX, keepdim=True)
             wanted = wanted & ((seen <= refresh_below) | missing)
-            if not wanted.any():
+            if free_to_read(wanted) and not wanted.any():  # elsewhere a basis is drawn that `where` does not take
                 return slots, linalg.rebuilt(g, wanted, wanted)
         still = m.abs().amax(MATRIX, keepdim=True) == 0  # nothing was learned in the old one: no need to stay away
         new = drawn(x, torch.where(still, 0, old), key)
