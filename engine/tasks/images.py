@@ -37,7 +37,7 @@ class ImageTask(Task):
 
     Where an epoch is filled up to whole steps, what fills it are the images that it began with, whose targets are
     IGNORED: batch norm then sees images, and the loss does not. An evaluation reads `most` held-out images, or
-    all: the whole of them, or their middle where `augment` takes crops of random size (`augment.judged`). `config` is the model's.
+    all: the whole of each, or its middle where training takes crops of random size (`judged`). `config` is the model's.
     """
 
     loss_unit = "nats per image"
