@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .contract import Hyper, Optimizer, Params, Rule, Slots, State
+from .contract import SEED, Hyper, Optimizer, Params, Rule, Slots, State
 from .random import Key, fold
+from .rounding import LOW, bits, to_bfloat16
 
 Bound = Literal["none", "tensor", "scale"]
 
@@ -22,12 +23,14 @@ def move(
     clip: Bound = "none",
     bound: Tensor | None = None,
     seed: Tensor | None = None,
+    stochastic: bool = True,
 ) -> tuple[Tensor, Slots, Tensor]:
     """One tensor, moved by its rule: the new p, the new slots, and the 0-d float32 square of g's norm before clipping.
 
     `clip` says what the 0-d `bound` is: "none" needs none, "tensor" scales g to at most this norm, "scale" multiplies g
-    by it. The new p is `add(p, delta, seed)`, or p itself where the rule does not move it; a slot that stays is the old
-    tensor. Nothing is written: the caller decides what becomes of the old ones.
+    by it. The new p is `add(p, delta, seed)`, or p itself where the rule does not move it; where not `stochastic` it is
+    rounded to nearest, and the seed is for the rule's own draws alone. A slot that stays is the old tensor. Nothing is
+    written: the caller decides what becomes of the old ones.
     """
     square = g.float().square().sum(-1, keepdim=True).sum()  # by rows: Subset-Norm's own sums, read once
     if clip == "tensor":
@@ -36,8 +39,8 @@ def move(
     elif clip == "scale":
         assert bound is not None, "what to multiply by"
         g = g.float() * bound
-    delta, new = rule.update(g, slots, p, hyper)
-    return (p if delta is None else add(p, delta, seed)), new, square
+    delta, new = rule.update(g, slots, p, hyper if seed is None else {**hyper, SEED: seed})
+    return (p if delta is None else add(p, delta, seed if stochastic else None)), new, square
 
 
 def rebuild(
@@ -83,16 +86,9 @@ def add(p: Tensor, delta: Tensor, seed: Tensor | None = None) -> Tensor:
     """`p + delta` in p's dtype, computed in float32 and rounded once: to nearest, or stochastically given a `seed`.
 
     `seed` is a 0-d int32, of which all bits count. Stochastic rounding (p must be bfloat16) adds 16 random bits below
-    the kept ones, so the rounded value is right on average and updates smaller than half an ulp are not lost. The bits
-    are a hash of (seed, position), so nothing but the seed has to be saved, and the same graph gives the same bits
-    anywhere.
+    the kept ones, so the rounded value is right on average and updates smaller than half an ulp are not lost.
     """
     new = p.float() + delta
     if seed is None or p.dtype != torch.bfloat16:
         return new.to(p.dtype)
-    position = torch.arange(p.numel(), dtype=torch.int32, device=p.device).view(p.shape)
-    bits = (position * -1640531527) ^ seed  # 2^32 / golden ratio, as Knuth's multiplicative hash
-    for shift, factor in ((16, 2146121005), (15, -2073254261), (16, 1)):  # the "lowbias32" finalizer
-        bits = (bits ^ ((bits >> shift) & (0xFFFFFFFF >> shift))) * factor
-    rounded = ((new.view(torch.int32) + (bits & 0xFFFF)) & -65536).view(torch.float32)
-    return torch.where(new.isfinite(), rounded, new).to(p.dtype)
+    return to_bfloat16(new, bits(seed, p) & LOW)

@@ -24,6 +24,7 @@ from .state import total_bytes as total_bytes
 from .state import trains
 
 Hyper = Mapping[str, Tensor]  # "lr" and "weight_decay", 0-d float32: a Python float that changes would recompile
+SEED = "seed"  # in it, 0-d int32, for rules with `draws`: of this step's random draws for this tensor
 
 
 class UsageError(ValueError):
@@ -78,7 +79,7 @@ class Rule:
     `gradient(g, slots)` is what the rule is given of a gradient of p, where it moves something that stands for p;
     `product(slots)`, float32, is then what the model adds to p, if that is kept apart from it.
     `elementwise` says that an entry of p moves by its own entries of g and slots and by scalars alone, so that `update`
-    may be given any part of the entries, flat.
+    may be given any part of the entries, flat. `draws` says that `update` rounds what it keeps by a seed in `hyper`.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Rule:
     gradient: Callable[[Tensor, Slots], Tensor] = lambda g, slots: g
     product: Callable[[Slots], Tensor] | None = None
     elementwise: bool = False
+    draws: bool = False
 
     def names(self, *kinds: Kind) -> tuple[str, ...]:
         """The slots of these kinds, in order."""

@@ -13,6 +13,8 @@ from .contract import Hyper, Kind, Optimizer, Params, Rule, Slots, State
 from .moments import GUESSED, UNKNOWN, Moments, complete
 from .random import Key, fold, normal
 from .state import parked_by, place, with_status
+from .storage.slots import decoded, encoded
+from .storage.stored import plainly
 
 PIECE = 2**12  # numbers that are squared at once
 RESTED = 100.0  # gradients that a first moment of zero counts for: a rule that corrects for its start does not here
@@ -124,8 +126,13 @@ def _one(
             did = "it was frozen: second moment of its like, first moment zero"
         return slots, Row(name, old.name, new.name, did, nan, nan, nan)
     before = _update(old, held, moments.first, p)
+    if _kept_otherwise(old, new, held, slots):
+        for slot, t in encoded(decoded(held), decoded(slots), slots, new.names(Kind.SECOND)).items():
+            slots[slot].copy_(t)
+        did = "kept, in another form"
+    else:
+        slots, did = new.adopt(moments, slots, p, key)
     del held
-    slots, did = new.adopt(moments, slots, p, key)
     first, energy, total = moments.first, _energy(moments.first), moments.second.sum()
     del moments
     kept = _kept(energy, total, new.export(slots, p)) if new.export else (nan, nan)
@@ -181,6 +188,14 @@ def _same(old: Rule, new: Rule, held: Slots, slots: Slots) -> bool:
     return _like(held, slots) and all(
         torch.equal(held[slot.name], slots[slot.name]) for slot in new.slots if slot.given
     )
+
+
+def _kept_otherwise(old: Rule, new: Rule, held: Slots, slots: Slots) -> bool:
+    """Do they differ in nothing but what slots are kept in?"""
+    if (old.name, plainly(old.options)) != (new.name, plainly(new.options)) or new.names(Kind.WEIGHT):
+        return False
+    given = [slot.name for slot in new.slots if slot.given]
+    return _like(decoded(held), decoded(slots)) and all(torch.equal(held[name], slots[name]) for name in given)
 
 
 def _like(a: Slots, b: Slots) -> bool:

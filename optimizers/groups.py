@@ -15,12 +15,14 @@ from .contract import Family, Rule, UsageError, idle
 from .registry import RULES
 from .registry import rule as registered
 from .routing import WHY, Place, bare, check_patterns, check_whole, chosen, kinds, place
+from .storage.stored import BasesDtype, MomentsDtype, stored
 
 Given = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 Groups = list[dict[str, Any]]
 
 FLAGS = ("maximize", "foreach", "fused", "capturable", "differentiable")
-OWN = ("lr", "weight_decay", "seed", "stochastic_rounding", *FLAGS)
+KEPT = ("moments_dtype", "bases_dtype")  # what slots are kept in
+OWN = ("lr", "weight_decay", "seed", "stochastic_rounding", *KEPT, *FLAGS)
 TEXTS = ("rule", "name", "options")  # of a group, beside the options of its rule
 STD = "std"  # GaLore's name for projecting the shorter side, which all rules here do
 
@@ -57,13 +59,14 @@ def settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
     """The rule of a group; groups with equal options share one, and with it compiled code."""
-    return _made(RULES[group["rule"]], json.dumps(group["options"], sort_keys=True))
+    kept = [group.get(key, "fp32") for key in KEPT]  # saved groups of version 1.0 say nothing of it
+    return _made(RULES[group["rule"]], json.dumps(group["options"], sort_keys=True), *kept)
 
 
 @lru_cache(maxsize=256)
-def _made(family: Family[Any], options: str) -> Rule:
+def _made(family: Family[Any], options: str, moments_dtype: MomentsDtype, bases_dtype: BasesDtype) -> Rule:
     plain = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(options).items()}
-    return family.of(family.options(**plain))
+    return stored(family.of(family.options(**plain)), moments_dtype, bases_dtype)
 
 
 def groups_from(given: Given, wanted: Wanted, frozen: dict[str, Tensor], taken: int = 0) -> Groups:

@@ -16,12 +16,12 @@ from .random import Key, word
 Kernel = Callable[[Sequence[Tensor], Sequence[Slots], Sequence[Tensor], Sequence[Hyper], Tensor, Tensor | None], Tensor]
 
 
-def make_kernel(rules: Sequence[Rule], clip: Bound = "none") -> Kernel:
+def make_kernel(rules: Sequence[Rule], clip: Bound = "none", stochastic: bool = True) -> Kernel:
     """A function (grads, slots, params, hypers, bound, seed) -> squared gradient norms, (len(rules),) float32.
 
     It moves `params` and `slots` in place, each by `move`, to which `clip` and the 0-d `bound` go. The norms are those
-    before clipping. `seed` (len(rules),) int32, one a parameter, rounds bfloat16 parameters stochastically; None rounds
-    to nearest.
+    before clipping. `seed` (len(rules),) int32, one a parameter, is for rules that draw, and where `stochastic` rounds
+    bfloat16 parameters; None rounds to nearest.
     """
 
     def kernel(
@@ -35,7 +35,7 @@ def make_kernel(rules: Sequence[Rule], clip: Bound = "none") -> Kernel:
         squares = []
         for i, (rule, g, old, p, hyper) in enumerate(zip(rules, grads, slots, params, hypers, strict=True)):
             own = None if seed is None else seed[i]
-            moved, new, square = move(rule, g, old, p, hyper, clip=clip, bound=bound, seed=own)
+            moved, new, square = move(rule, g, old, p, hyper, clip=clip, bound=bound, seed=own, stochastic=stochastic)
             squares.append(square)
             if moved is not p:
                 p.copy_(moved)

@@ -46,14 +46,15 @@ class Kernels:
         self._seeds: dict[tuple[Key, torch.device], Seeds] = {}
 
     def seeds(self, layer: Layer) -> Seeds:
-        """Of stochastic rounding in this layer."""
+        """Of what is rounded stochastically in this layer."""
         return self._seeds.setdefault((layer.key, layer.device), Seeds(layer.key, layer.device))
 
-    def of(self, members: Sequence[Member]) -> Kernel:
-        """The update of these parameters, shared by all layers with the same rules, shapes and dtypes."""
-        kind = tuple((one.rule, one.p.shape, one.p.dtype) for one in members)
+    def of(self, members: Sequence[Member], rounding: bool) -> Kernel:
+        """The update of these parameters, shared by all layers with the same rules, shapes and dtypes. Where
+        `rounding`, weights are rounded stochastically."""
+        kind = rounding, tuple((one.rule, one.p.shape, one.p.dtype) for one in members)
         if kind not in self._made:
-            kernel = make_kernel([one.rule for one in members], self._clip)
+            kernel = make_kernel([one.rule for one in members], self._clip, rounding)
             self._made[kind] = compiled(kernel) if self._compile else kernel
         return self._made[kind]
 
@@ -107,9 +108,11 @@ class Motion:
             self._rebuild(layer, one, grads[-1], own, count)
         bound = members[0].hyper["lr"] if self._bound is None else self._bound.to(layer.device)  # without clip not read
         names = tuple(one.name for one in members)
-        seed = self._kernels.seeds(layer).at(names, count) if layer.rounding else None
+        drawing = layer.rounding or any(one.rule.draws for one in members)
+        seed = self._kernels.seeds(layer).at(names, count) if drawing else None
         params = [one.p.detach() for one in members]
-        squares = self._kernels.of(members)(grads, slots, params, [one.hyper for one in members], bound, seed)
+        kernel = self._kernels.of(members, layer.rounding)
+        squares = kernel(grads, slots, params, [one.hyper for one in members], bound, seed)
         if self._bound is not None:
             self._squares.append(squares)
         if free:

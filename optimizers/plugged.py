@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .contract import Group, Optimizer, Rule, UsageError
-from .groups import Groups, rule_of
+from .groups import KEPT, Groups, rule_of
 from .registry import RULES
 from .routing import check_sharded, flattened
 from .state import Params, Slots, State, parked_by, state_bytes, total_bytes
@@ -160,8 +160,8 @@ def matched(saved: Mapping[str, Any], groups: Groups) -> tuple[State, Groups]:
             )
         if rule is not other or own["added"] != group["added"]:
             raise UsageError(
-                f"state dict: group {own['name']!r} was saved with {group['rule']} {group['options']}, expected "
-                f"{own['rule']} {own['options']}; make the optimizer with the options that it was saved with"
+                f"state dict: group {own['name']!r} was saved with {_said(group)}, expected {_said(own)}; make the "
+                "optimizer with the options that it was saved with"
             )
         names, places = own["param_names"], group.get("param_names", own["param_names"])
         if set(names) != set(places):
@@ -201,6 +201,11 @@ def receipt(groups: Groups, state: State, left: Mapping[str, Tensor]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = ["  ".join([*map(str.ljust, row[:-1], widths), row[-1]]) for row in rows]
     return "\n".join([*lines, f"state {total_bytes(state) / 2**20:.2f} MiB"])
+
+
+def _said(group: Mapping[str, Any]) -> str:
+    """What the rule of a group is made of."""
+    return f"{group['rule']} {group['options']}, kept in {[group.get(key, 'fp32') for key in KEPT]}"
 
 
 def _few(names: Iterable[str]) -> str:

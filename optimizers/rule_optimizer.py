@@ -19,6 +19,7 @@ from .groups import Given, Groups, Wanted, groups_from
 from .in_backward import PREVIOUS, Hooks, InBackward, check_alone
 from .motion import Kernels, Motion
 from .state import Slots
+from .storage.stored import BasesDtype, MomentsDtype, check_kept
 
 REFUSED = {
     "foreach": "updates are one kernel a layer; give compile=True for speed",
@@ -48,6 +49,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         stagger: bool = True,
         stochastic_rounding: bool = False,
+        moments_dtype: MomentsDtype = "fp32",
+        bases_dtype: BasesDtype = "fp32",
         compile: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -71,8 +74,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         `in_backward` moves a layer inside of backward, as soon as its gradients are there, and frees them.
 
         `seed` is that of all draws; `stagger` rebuilds bases a few tensors a step; `stochastic_rounding` is for
-        bfloat16 parameters. Raises UsageError (a ValueError) for what is not honoured, a rank above a side, missing
-        names and flattened matrices.
+        bfloat16 parameters. `moments_dtype` ("fp32", "bf16", "int8") and `bases_dtype` ("fp32", "bf16") are what the
+        state is kept in: see `storage.stored`. Raises UsageError (a ValueError) for what is not honoured, a rank above
+        a side, missing names and flattened matrices.
         """
         given = {"rest": rest, "rest_lr": rest_lr, "rest_options": dict(rest_options or {}), "match": tuple(match)}
         self._given: dict[str, Any] = {"options": options, **given}
@@ -82,9 +86,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         self._ready()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach, "fused": fused}
         defaults |= {"capturable": capturable, "differentiable": differentiable, "seed": seed}
-        super().__init__(self._prepared(params), {**defaults, "stochastic_rounding": stochastic_rounding})
+        kept = {"moments_dtype": moments_dtype, "bases_dtype": bases_dtype}
+        super().__init__(self._prepared(params), {**defaults, **kept, "stochastic_rounding": stochastic_rounding})
         self._started = True
         self._assemble()
+        check_kept(self._made.rules, moments_dtype, bases_dtype)
         self._fill(0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from optimizers.partition import partition, trainable
 from optimizers.random import Key
 from optimizers.registry import RULES
 from optimizers.rules.adamw import adamw
+from optimizers.storage.stored import BasesDtype, MomentsDtype, keep
 from optimizers.wrappers.traversal import Groups, layers
 
 from . import init
@@ -64,6 +65,11 @@ class TrainConfig(LanguageConfig):
     """Peak learning rate of the AdamW that trains embedding, norms and head; by default `lr`."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices; norms are never decayed."""
+    moments_dtype: MomentsDtype = "fp32"
+    """What the moments of every rule are kept in between two steps; rules compute in fp32. bf16, or int8 with a scale
+    for each block of up to 256 values; both are rounded stochastically."""
+    bases_dtype: BasesDtype = "fp32"
+    """What the bases of subspaces are kept in. RSO's P has the dtype of the weights."""
     stagger: bool = True
     """Rebuild subspace bases a few tensors a step, not all on the same step."""
     prompt: str = "def "
@@ -211,7 +217,8 @@ class TrainConfig(LanguageConfig):
 
     def optimizer_for(self, setup: "Setup") -> Optimizer:
         """The optimizer: rules for groups, and what wraps them."""
-        return partition(setup.params, self.groups(setup.params), self.stagger)
+        groups = keep(self.groups(setup.params), self.moments_dtype, self.bases_dtype)
+        return partition(setup.params, groups, self.stagger)
 
     def settled(self, epoch: int) -> Any:
         """This config, with what follows from an epoch being so many steps."""

@@ -58,6 +58,7 @@ GUESS = "a guess from AdamW's"
 RATES: Mapping[str, tuple[float, str]] = {  # times AdamW's, and how that is known
     "adamw": (1.0, "usual for AdamW on models of billions of parameters, a guess for others"),
     "muon": (1.0, MATCHED),
+    "scale": (0.2, MATCHED),
     "sumo": (1.0, MATCHED),
     "sumo_paper": (1.0, GUESS),
     "sumo_release": (1.0, GUESS),

@@ -22,6 +22,7 @@ from torch import nn
 from optimizers.contract import Family, Group, Params, UsageError
 from optimizers.random import fold
 from optimizers.registry import RULES
+from optimizers.storage.stored import BasesDtype
 
 from . import flags, init
 from .cli import main
@@ -40,6 +41,7 @@ class Lora(Finetune):
     swap: tyro.conf.Suppress[Literal["never", "convert", "only"]] = "never"
     swap_at: tyro.conf.Suppress[tuple[int, str] | None] = None
     rest_lr: tyro.conf.Suppress[float | None] = None
+    bases_dtype: tyro.conf.Suppress[BasesDtype] = "fp32"
     stagger: tyro.conf.Suppress[bool] = True
     rank: int = 16
     """Columns of B and rows of A."""

@@ -23,6 +23,7 @@ from engine.curves import COLOURS, FAINT, INK, save
 from optimizers.contract import Hyper, Kind, Rule, Slots, State, declare
 from optimizers.linalg import project
 from optimizers.rules.muon import newton_schulz
+from optimizers.storage.slots import decoded
 
 
 def watched(rule: Rule, momentum: float) -> Rule:
@@ -64,6 +65,7 @@ def measure(state: State, step: int) -> list[Sample]:
     found = []
     for name, slots in state.items():
         if "full_momentum" in slots:
+            slots = decoded(slots)
             for kind, moment in (("projected", slots["momentum_buffer"]), ("full", slots["full_momentum"])):
                 u, values, vh = torch.linalg.svd(moment.double(), full_matrices=False)
                 inexact = newton_schulz(moment, 5, torch.float32).double()

@@ -20,11 +20,12 @@ from engine.step.segments import cut
 from engine.step.step import Step
 from models.layers import attach
 from models.llama import Llama, LlamaConfig
-from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageError
+from optimizers.contract import Family, Group, Kind, Optimizer, Params, Rule, UsageError
 from optimizers.partition import partition
 from optimizers.random import Key
 from optimizers.registry import RULES as FAMILIES
 from optimizers.rules.adamw import adamw
+from optimizers.storage.stored import BasesDtype, MomentsDtype, keep
 from optimizers.wrappers.norms import norm_masks
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
@@ -69,6 +70,7 @@ class Combination(NamedTuple):
     precision: str = "fp32"
     recompute: bool = False
     compiled: bool = False
+    moments: MomentsDtype = "fp32"
 
     @property
     def key(self) -> str:
@@ -116,7 +118,8 @@ def step_of(one: Combination, seed: int) -> Step:
         model.to(torch.bfloat16)
     params = dict(model.named_parameters())
     groups = [Group(one.rule, RULES[one.rule], (MATRICES,), 1e-2), Group("rest", adamw(eps=1e-6), ("",), 1e-3)]
-    optimizer = wrapped(one.wrapper, partition(params, groups), model, params)
+    bases: BasesDtype = "bf16" if one.moments != "fp32" and RULES[one.rule].names(Kind.BASIS) else "fp32"
+    optimizer = wrapped(one.wrapper, partition(params, keep(groups, one.moments, bases)), model, params)
     return Step(
         cut(model),
         params,

@@ -15,12 +15,14 @@ from optimizers.apply import add
 from optimizers.clock import CORRECTION
 from optimizers.contract import Slots
 from optimizers.state import Parked
+from optimizers.storage.slots import SCALE, decoded, unfit
 from optimizers.wrappers.choice import TURN_WARMUP
 from optimizers.wrappers.masked import ENTRIES
 from optimizers.wrappers.subspace import B, P
 from optimizers.wrappers.warmup import AGE
 
 from ..checkpoint.rules import RuleRecord
+from ..checkpoint.tensorfile import CheckpointError
 from .matrices import LEADING, basis_error, captured, leading, rms, spectrum, stable_rank
 from .slots import check, kind, moved, rank, roles, subspace
 
@@ -100,8 +102,12 @@ def look(name: str, p: Tensor, slots: Slots | None, who: RuleRecord, rounded: bo
     """
     status = "frozen" if slots is None else "parked" if isinstance(slots, Parked) else "active"
     p, slots = p.detach(), slots or {}
-    measures, spectra = ({}, {}) if p.is_meta else measured(name, p, slots, who, rounded)
     held = [Slot(s, kind(s, t, who), tuple(t.shape), _dtype(t), t.numel() * t.element_size()) for s, t in slots.items()]
+    if odd := unfit(slots):
+        got = f"{tuple(slots[odd].shape)} {slots[odd].dtype} with scales {tuple(slots[odd + SCALE].shape)}"
+        raise CheckpointError(f"state of {name} {tuple(p.shape)}: {odd} is {got}, which do not go together")
+    slots = decoded(slots)
+    measures, spectra = ({}, {}) if p.is_meta else measured(name, p, slots, who, rounded)
     size, active = p.numel() * p.element_size(), 0
     if status == "active":
         active = slots[ENTRIES].numel() if ENTRIES in slots else p.numel()
@@ -165,6 +171,7 @@ def compared(
     old: tuple[Tensor, Slots, RuleRecord], new: tuple[Tensor, Slots, RuleRecord], steps: int
 ) -> dict[str, float]:
     """Measures of one parameter between two checkpoints, `steps` apart. Both were looked at: their slots fit."""
+    old, new = ((p, decoded(slots), who) for p, slots, who in (old, new))
     (p, before), (q, after) = ((whole(*one), one[1]) for one in (old, new))
     change = q - p
     measures = {"change": float(change.norm() / p.norm()), "change_rms": rms(change) / max(steps, 1)}

@@ -207,7 +207,7 @@ class Step:
         rules = tuple(self.optimizer.owner[name].rule for name in names)
         kind = rules, tuple((self.params[n].shape, self.params[n].dtype) for n in names)
         if kind not in self._kernels:
-            kernel = make_kernel(rules, _scaling(self.clip))
+            kernel = make_kernel(rules, _scaling(self.clip), self.stochastic_rounding)
             self._kernels[kind] = self.compiler(kernel) if self.compiler else kernel
         return self._kernels[kind]
 
@@ -282,7 +282,8 @@ class _Update:
         params = [self.step.params[name].detach() for name in names]
         kernel = self.step.kernel(tuple(names))
         with self.step.observer.doing("update", "update"):
-            seed = self.step.seeds.at(tuple(names), self.count) if self.step.stochastic_rounding else None
+            drawing = self.step.stochastic_rounding or any(owner[name].rule.draws for name in names)
+            seed = self.step.seeds.at(tuple(names), self.count) if drawing else None
             squares = kernel(list(grads.values()), held, params, hypers, self.bound, seed)
         self.squares.append((tuple(grads), squares))
 

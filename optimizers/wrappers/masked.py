@@ -91,4 +91,4 @@ def gathered(rule: Rule, masks: int) -> Rule:
         return delta, {**new, ENTRIES: entries}
 
     slots = (*rule.slots, Slot(ENTRIES, Kind.INDEX, given=True))
-    return Rule(rule.name, Gathered(masks, rule.options), slots, init, update)
+    return Rule(rule.name, Gathered(masks, rule.options), slots, init, update, draws=rule.draws)

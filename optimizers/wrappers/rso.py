@@ -33,6 +33,7 @@ from ..apply import add
 from ..contract import Kind, Optimizer, Params, Rule, Slots, State, UsageError
 from ..random import Key, fold, word
 from ..state import parked_by, place, trains, with_status
+from ..storage.slots import decoded, encoded
 from .subspace import B, P, draw, subspace
 from .wrapper import Wrapper
 
@@ -135,8 +136,9 @@ class Rso(Wrapper):
                 params[name] = add(w, old[B] @ old[P].float().T, seed)
             kept = {slot.name: old[slot.name] for slot in rule.slots if slot.given or self.moments != "reset"}
             if self.moments == "transform":
-                turned = old[P].float().T @ p.float() * (self.rank / len(p))
-                kept |= {slot: old[slot] @ turned for slot in rule.names(Kind.FIRST)}
+                turned, seen = old[P].float().T @ p.float() * (self.rank / len(p)), decoded(kept)
+                moved = {slot: seen[slot] @ turned for slot in seen.keys() & set(rule.names(Kind.FIRST))}
+                kept = encoded(seen | moved, seen, kept)
             blank = kept if len(kept) == len(rule.slots) else rule.init(self._inner({name: w})[name]) | kept
             state[name] = self._around(name, w, p, with_status(parked, blank))
         return params, state

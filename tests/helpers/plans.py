@@ -21,6 +21,7 @@ from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import snsm
 from optimizers.rules.sumo import sumo
+from optimizers.storage.stored import stored
 from optimizers.wrappers.norms import norm_masks
 from optimizers.wrappers.omgd import omgd
 from optimizers.wrappers.rso import rso
@@ -62,6 +63,10 @@ METHODS: dict[str, Callable[[Llama, Params], Optimizer]] = {
     "sumo": plain(sumo(16)),
     "sumo, tracked": plain(sumo(16, 1, basis="track")),
     "sumo, when it sees too little": plain(sumo(16, refresh_below=1e9)),
+    "adamw in bf16": plain(stored(adamw(), "bf16")),
+    "adamw in int8": plain(stored(adamw(), "int8")),
+    "sumo in int8": plain(stored(sumo(16), "int8", "bf16")),
+    "snsm in bf16": plain(stored(snsm(16), "bf16", "bf16")),
     "omgd": masked,
     "omgd, by norm": by_norm,
     "rso": subspaces,

@@ -1,6 +1,7 @@
 """A model whose gradients are given, so that two ways to train it can be compared to the bit."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from optimizers.partition import partition
 from optimizers.random import fold
 from optimizers.registry import RULES, rule
 from optimizers.rule_optimizer import RuleOptimizer
+from optimizers.storage.stored import stored
 from optimizers.torch_optim import optimizer
 
 RANK, GAP, STEPS, LR, DECAY = 2, 3, 12, 0.05, 0.1
@@ -62,16 +64,17 @@ def options(name: str) -> dict[str, Any]:
     return {key: value for key, value in (("rank", RANK), ("update_proj_gap", GAP)) if key in known}
 
 
-def engine(model: nn.Module, name: str, wrap: Any = None, **given: Any) -> Step:
-    """The engine's step, its groups written by hand."""
-    params, own = dict(model.named_parameters()), rule(name, **options(name))
-    rest = rule("adamw")
+def engine(model: nn.Module, name: str, wrap: Any = None, kept: Sequence[Any] = (), **given: Any) -> Step:
+    """The engine's step, its groups written by hand; `kept` is what slots are kept in."""
+    params = dict(model.named_parameters())
+    alone = rule(name, **options(name)).elementwise
+    own, rest = stored(rule(name, **options(name)), *kept), stored(rule("adamw"), *kept)
     groups = [
         Group("own", own, (r"_proj\.weight$",), LR, DECAY),
         Group("norms", rest, ("norm", "bias$"), LR),
         Group("rest", rest, ("",), LR, DECAY),
     ]
-    made = partition(params, [Group("own", own, ("",), LR, DECAY)] if own.elementwise else groups)
+    made = partition(params, [Group("own", own, ("",), LR, DECAY)] if alone else groups)
     made = wrap(made, params, fold(0, "optimizer")) if wrap else made
     loss = lambda model, batch: (model(batch), torch.ones((), dtype=torch.int64))  # noqa: E731
     return Step(cut(model, loss), params, made, made.init(params), mode="off", key=fold(0, "optimizer"), **given)

@@ -51,6 +51,8 @@ MOVING = {  # arguments of which another value is another training, with what el
     "seed": (1, {}),
     "stagger": (False, {}),
     "stochastic_rounding": (True, {"dtype": torch.bfloat16}),
+    "moments_dtype": ("int8", {}),
+    "bases_dtype": ("bf16", {}),
     "maximize": (True, {}),
 }
 
