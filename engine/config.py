@@ -12,6 +12,7 @@ from .loop.schedule import Kind
 from .step.step import Clip, Mode
 
 Precision = Literal["fp32", "bf16", "bf16-sr", "mixed"]
+Matmul = Literal["highest", "high", "medium"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,12 @@ class RunConfig:
     and computes in bf16."""
     compile: Mode = "segments"
     """Compile segment by segment, or not at all."""
+    matmul: Matmul = "highest"
+    """Products of fp32 matrices: highest in fp32; high in TF32 on CUDA, of which 10 bits of a factor count; medium in
+    bf16, of which 8 do. Sums are fp32 in all of them."""
+    deterministic: bool = False
+    """On CUDA: the same bits in every run on a GPU of the same kind, with the same torch; slower. On the CPU that holds
+    without it."""
     freeze: tuple[str, ...] = ()
     """Regular expressions, searched in parameters' names: what matches is not trained, and has no optimizer state."""
     recompute: bool = False

@@ -15,6 +15,7 @@ from optimizers.contract import Optimizer, UsageError
 from optimizers.partition import freeze, trainable
 from optimizers.random import fold
 
+from .arithmetic import arithmetic
 from .atomic import write_whole
 from .checkpoint import Reader
 from .config import RunConfig, step_options, weights_dtype
@@ -51,7 +52,12 @@ def fit(task: Task, optimizer: Optimizer, config: RunConfig | None = None, conso
     """
     config = config or RunConfig()
     config.check()
-    console = console or plain_console()
+    with arithmetic(config):
+        return _run(task, optimizer, config, console or plain_console())
+
+
+def _run(task: Task, optimizer: Optimizer, config: RunConfig, console: Console) -> Fit:
+    """`fit`, where the process computes as `config` says."""
     device = device_of(config.device)
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .packed import Documents, attend
+from .packed import Documents, attend, for_kernel
 from .rope import Rotary
 
 SLOTS = ("P", "B")  # parameters of `attach`, which an optimizer's state stands in for
@@ -227,7 +227,8 @@ class Attention(nn.Module):
         mask = self._mask(x, start, cache is not None)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        k, v, grouped = for_kernel(q, k, v, self.grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
     def _mask(self, x: Tensor, start: int, cached: bool) -> Tensor | None:

@@ -32,7 +32,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | 
     """
     if q.is_cuda and torch.compiler.is_compiling():
         return flexible(q, k, v, documents, window, grouped)
+    k, v, grouped = for_kernel(q, k, v, grouped)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen(documents, window), enable_gqa=grouped)
+
+
+def for_kernel(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> tuple[Tensor, Tensor, bool]:
+    """Keys and values as SDPA takes them, and whether it has to group heads itself.
+
+    In float32 CUDA has one kernel that does not hold (T, T) scores, and it does not know of groups: there every query
+    head is given its own copy of keys and values.
+    """
+    if not grouped or not q.is_cuda or q.dtype != torch.float32:
+        return k, v, grouped
+    times = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(times, 1), v.repeat_interleave(times, 1), False
 
 
 def seen(documents: Documents, window: int | None) -> Tensor:

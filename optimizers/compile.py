@@ -1,21 +1,42 @@
 """One way to call torch.compile: full graphs, static shapes, and a plain error where a compiler is missing."""
 
+import functools
 import inspect
+import itertools
 import shutil
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import TypeVar
 
 import torch
 
 F = TypeVar("F", bound=Callable[..., object])
+NUMBERS = itertools.count()  # of functions that were given a code object
 
 
 def compiled(function: F) -> F:
     """`function` compiled on its own: fullgraph, static shapes, its recompiles counted apart from other functions'."""
     _name_the_instruction_set()
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    return torch.compile(function, fullgraph=True, dynamic=False, **apart)  # type: ignore[no-any-return, call-overload]
+    if _isolates():
+        return torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[no-any-return, call-overload]
+    return torch.compile(_apart(function), fullgraph=True, dynamic=False)  # type: ignore[return-value]
+
+
+def _isolates() -> bool:
+    """Does torch count the recompiles of each compiled function apart? From 2.13 on."""
+    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
+def _apart(function: F) -> F:
+    """`function` with a code object of its own. Functions made by one `def` share theirs, and with it the limit of
+    entries that an older torch keeps a code object, where one entry more is an error."""
+    if not isinstance(function, FunctionType):
+        return function
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(NUMBERS)}")
+    made = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(made, function)  # type: ignore[return-value]
 
 
 def _name_the_instruction_set() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from engine.arithmetic import arithmetic
 from engine.atomic import write_whole
 from engine.checkpoint import Reader
 from engine.fit import plain_console, resume
@@ -59,6 +60,12 @@ def _train(config: TrainConfig, console: Console, saved: Reader | None) -> tuple
     """A run under one optimizer: its folder, and the config that goes on where --swap-at asks for one."""
     config.check()
     config.check_init()
+    with arithmetic(config):
+        return _run(config, console, saved)
+
+
+def _run(config: TrainConfig, console: Console, saved: Reader | None) -> tuple[Path, TrainConfig | None]:
+    """The same, with settings that were checked, where the process computes as they say."""
     device = device_of(config.device)
     if config.compile != "off" and (reason := can_compile(device)):
         console.print(f"{reason}: running uncompiled, which is slower")

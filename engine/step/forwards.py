@@ -43,11 +43,13 @@ class Caller(nn.Module):
 
 
 def make_forward(caller: Caller, compute_dtype: torch.dtype | None) -> Forward:
+    kept = _beside_statistics(caller.module)
+
     def forward(
         params: Params, x: Tensor | None, batch: Batch, buffers: Params, state: Params
     ) -> tuple[Tensor | Loss, Params]:
         if compute_dtype is not None:
-            params = {name: p.to(compute_dtype) for name, p in params.items()}
+            params = {name: p if name in kept else p.to(compute_dtype) for name, p in params.items()}
         given = {**params, **buffers, **{name: b.clone() for name, b in state.items()}}
         given = {f"module.{name}": t for name, t in given.items()}
         out: Tensor | Loss = functional_call(caller, given, (x, batch))
@@ -55,6 +57,16 @@ def make_forward(caller: Caller, compute_dtype: torch.dtype | None) -> Forward:
         return out, {name: given[f"module.{name}"].detach() for name in state}
 
     return forward
+
+
+def _beside_statistics(module: nn.Module) -> frozenset[str]:
+    """Parameters of batch norms: kernels take them in the dtype of the running statistics, whatever the input's."""
+    return frozenset(
+        f"{prefix}{'.' * bool(prefix)}{name}"
+        for prefix, norm in module.named_modules()
+        if getattr(norm, "running_mean", None) is not None
+        for name, _ in norm.named_parameters(recurse=False)
+    )
 
 
 def state_names(segment: Segment) -> dict[str, str]:

@@ -28,7 +28,7 @@ def leaf(x: Tensor | None) -> Tensor | None:
 
 
 def accumulate(held: Params, more: Params, safe: bool = True, *shared: Tensor | None) -> None:
-    """Add gradients to those already held, in place.
+    """Add gradients to those already held, in place; what more than one contributes to is held in float32 at least.
 
     Unless it is `safe` to hold them as they are, because nothing will be written to them, a gradient that shares its
     memory with another one, with itself or with one of `shared` is copied first: of y = a + b both are one tensor.
@@ -36,6 +36,8 @@ def accumulate(held: Params, more: Params, safe: bool = True, *shared: Tensor | 
     taken = {t.untyped_storage()._cdata for t in shared if t is not None}
     for name, g in more.items():
         if name in held:
+            if held[name].dtype in (torch.bfloat16, torch.float16):  # the first one is exact, a sum would not be
+                held[name] = held[name].float()
             held[name].add_(g)
             continue
         storage = g.untyped_storage()._cdata

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.segment import IGNORED
 from optimizers.random import fold
 
-from ..data.images.augment import Augment, augmented, normalized, resized
+from ..data.images.augment import Augment, augmented, judged, normalized
 from ..data.images.sets import Images
 from ..data.order import Epochs, Ints, order
 from ..step.segments import Batch, Chain, Segment, cut
@@ -37,7 +37,7 @@ class ImageTask(Task):
 
     Where an epoch is filled up to whole steps, what fills it are the images that it began with, whose targets are
     IGNORED: batch norm then sees images, and the loss does not. An evaluation reads `most` held-out images, or
-    all, as they are. `config` is the model's.
+    all: the whole of each, or its middle where training takes crops of random size (`judged`). `config` is the model's.
     """
 
     loss_unit = "nats per image"
@@ -83,7 +83,7 @@ class ImageTask(Task):
         numbers = self.chosen[drawn]
         pixels, targets = self.train.get(numbers.tolist()), self.train.targets[torch.from_numpy(numbers)]
         rows = list(zip(epochs, numbers.tolist(), strict=True))
-        pixels = augmented(resized(pixels, (self.side, self.side)), self.augment, rows, self.key, self.padding)
+        pixels = augmented(pixels, self.augment, self.side, rows, self.key, self.padding)
         return {
             "pixels": normalized(pixels, self.norm),
             "targets": torch.where(torch.from_numpy(blank), IGNORED, targets),
@@ -96,7 +96,7 @@ class ImageTask(Task):
             filled = numbers + [numbers[0]] * (count - len(numbers))  # equal batches are compiled once
             targets = self.held_out.targets[torch.tensor(filled)]
             targets[len(numbers) :] = IGNORED
-            pixels = resized(self.held_out.get(filled), (self.side, self.side))
+            pixels = judged(self.held_out.get(filled), self.augment, self.side)
             yield {"pixels": normalized(pixels, self.norm), "targets": targets}
 
     def evaluate(self, chain: Chain, params: Mapping[str, Tensor], batch: Batch) -> Sums:

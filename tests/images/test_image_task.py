@@ -1,12 +1,15 @@
 """Which image, and what is made of it, is a function of the seed and the place in training alone."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.vision import LABELS, drawn, resnet
 
-from engine.data.images.augment import augmented, normalized, resized
+from engine.data.images.augment import augmented, judged, normalized, resized
+from engine.data.images.decode import decoded
 from engine.data.images.sets import Held
 from engine.step.segments import Chain
 from engine.tasks.images import ImageTask, blank
@@ -64,7 +67,7 @@ def test_crops_and_reflections_are_of_the_image() -> None:
     """Every crop stands somewhere in the padded image; all places and both reflections come up; each row its own."""
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
     rows = [(epoch, 5) for epoch in range(400)]
-    found = augmented(image.expand(400, -1, -1, -1), "crop-flip", rows, Key(0), padding=1)
+    found = augmented(image.expand(400, -1, -1, -1), "crop-flip", 8, rows, Key(0), padding=1)
     padded, seen = torch.nn.functional.pad(image, (1,) * 4)[0, 0], set()
     for crop in found[:, 0]:
         seen |= {
@@ -75,16 +78,47 @@ def test_crops_and_reflections_are_of_the_image() -> None:
             if (crop.flip(1) if flip else crop).equal(padded[top : top + 8, left : left + 8])
         }
     assert len(seen) == 18
-    assert augmented(image, "crop-flip", [(3, 5)], Key(0), 1).equal(found[3:4])
-    assert not augmented(image.expand(9, -1, -1, -1), "crop-flip", [(3, i) for i in range(9)], Key(0), 1).equal(
+    assert augmented(image, "crop-flip", 8, [(3, 5)], Key(0), 1).equal(found[3:4])
+    assert not augmented(image.expand(9, -1, -1, -1), "crop-flip", 8, [(3, i) for i in range(9)], Key(0), 1).equal(
         found[:9]
     )
-    flipped = augmented(image.expand(400, -1, -1, -1), "flip", rows, Key(0))
+    flipped = augmented(image.expand(400, -1, -1, -1), "flip", 8, rows, Key(0))
     share = sum(bool(one.equal(image[0].flip(2))) for one in flipped) / 400
     assert 0.4 < share < 0.6
-    scaled = augmented(image.expand(50, -1, -1, -1), "resized-crop-flip", rows[:50], Key(0))
+    scaled = augmented(image.expand(50, -1, -1, -1), "resized-crop-flip", 8, rows[:50], Key(0))
     assert scaled.shape == (50, 1, 8, 8) and scaled.min() >= 1 and scaled.max() <= 64
     assert len({str(one.tolist()) for one in scaled}) > 45
+
+
+def test_crops_of_random_size_are_of_the_image_as_it_was_read() -> None:
+    """A crop of 8 % or more of the area in `side` rows, no value of which the image lacks; small ones are not blurred
+    by a resize of the whole before."""
+    image = torch.arange(0, 256, 2, dtype=torch.uint8).view(1, 1, 1, 128).expand(1, 1, 128, 128)
+    found = augmented(image.expand(40, -1, -1, -1), "resized-crop-flip", 16, [(0, i) for i in range(40)], Key(0))
+    assert found.shape == (40, 1, 16, 16)
+    spans = (found.amax((1, 2, 3)).int() - found.amin((1, 2, 3)).int()).abs()  # 2 a column, 15 of 16 columns
+    columns = spans / 2 * 16 / 15
+    assert 128 * 0.08**0.5 * 0.8 < columns.min() < 55 and 100 < columns.max() <= 130
+
+
+def test_an_evaluation_sees_the_middle_where_training_takes_crops_of_random_size(tmp_path: Path) -> None:
+    """As published recipes for ImageNet do: the shorter side resized to 256, and the 224 pixels in the middle; here 16
+    and 14. Images no larger than the model's, and other augmentations, are seen whole."""
+    pillow = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    pillow.fromarray(pixels).save(tmp_path / "one.png")
+    read = decoded(tmp_path / "one.png", "one", 16)[None]
+    plain = pillow.open(tmp_path / "one.png").resize((32, 16), pillow.Resampling.BILINEAR).crop((9, 1, 23, 15))
+    assert judged(read, "resized-crop-flip", 14)[0].equal(torch.from_numpy(np.array(plain)).permute(2, 0, 1))
+    assert judged(read, "crop-flip", 14).equal(resized(read, (14, 14)))
+    assert judged(read, "resized-crop-flip", 32).equal(resized(read, (32, 32)))
+    assert judged(read, "resized-crop-flip", 16).equal(read)
+    assert judged(read, "resized-crop-flip", 15).equal(read[:, :, :15, :15])
+    task = ImageTask(resnet(), held(4, 16), held(4, 16), 14, scores=scores((), 3), config={}, norm="none")
+    task.augment = "resized-crop-flip"
+    (batch,) = task.evaluation(4)
+    expected = task.held_out.get(range(4))[:, :, 1:15, 1:15]
+    assert (batch["pixels"] * 255).round().to(torch.uint8).equal(expected)
 
 
 def test_pixels_are_resized_and_normalized() -> None:

@@ -59,6 +59,21 @@ def test_segments_are_the_model(make: Any, recompute: bool) -> None:
         torch.testing.assert_close(b, moved[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+@each
+def test_mixed_precision_is_the_model_within_what_bf16_can_say(make: Any) -> None:
+    """Products in bf16, and gradients and weights in float32. Batch norms keep their weights in the dtype of their
+    statistics, as kernels ask for, and these move as in float32."""
+    ours, exact, batch = make(), make(), batch_of()
+    loss, gradients = stepped(ours, [batch], compute_dtype=torch.bfloat16)
+    expected, found = plain(exact, batch)
+    assert float((loss - expected).abs() / expected) < 0.03
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
+    both = [torch.cat([grads[name].flatten() for name in found]) for grads in (gradients, found)]
+    assert F.cosine_similarity(*both, dim=0) > 0.98
+    for name, b in exact.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), b, rtol=0.05, atol=0.02, msg=name)
+
+
 def test_resnet18_is_that_of_torchvision() -> None:
     torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
     ours = ResNet(preset("resnet18", LABELS), seed=3)

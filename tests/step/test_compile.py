@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from helpers.runs import ROOT
 
+from optimizers import compile as module
 from optimizers.compile import compiled
 
 SCRIPT = """
 import torch
+from optimizers import compile as module
 from optimizers.compile import compiled
 def norms(x): return torch.nn.functional.layer_norm(x, (129,)).square().sum(-1).sqrt()
 x = torch.randn(37, 129)
@@ -44,3 +47,29 @@ def test_code_of_one_instruction_set_is_not_run_under_another(tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.strip() == capability.upper()
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("apart", [True, False])
+def test_functions_of_one_def_do_not_share_a_limit_where_torch_cannot_tell_them_apart(apart, traced, monkeypatch):
+    """As on a torch before 2.13, which has no `isolate_recompiles`."""
+
+    def made(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def function(x: torch.Tensor, *, times: int = 2) -> torch.Tensor:
+            return x * times + number
+
+        return function
+
+    monkeypatch.setattr(module, "_isolates", lambda: False)
+    if not apart:
+        monkeypatch.setattr(module, "_apart", lambda function: function)
+    functions = [compiled(made(i)) for i in range(2 * torch._dynamo.config.recompile_limit)]
+
+    def run() -> list[float]:
+        return [float(function(torch.ones(()))) for function in functions]
+
+    if apart:
+        assert run() == [2.0 + i for i in range(len(functions))]
+    else:
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            run()

@@ -11,6 +11,7 @@ from optimizers.random import Key, fold
 
 Augment = Literal["none", "flip", "crop-flip", "resized-crop-flip"]
 KINDS = ("none", "flip", "crop-flip", "resized-crop-flip")
+CENTRE = 7 / 8  # of rows and columns: 224 of 256
 NORMS = {  # mean and standard deviation of a channel
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -18,19 +19,24 @@ NORMS = {  # mean and standard deviation of a channel
 }
 
 
-def augmented(pixels: Tensor, kind: Augment, rows: Sequence[tuple[int, int]], key: Key, padding: int = 4) -> Tensor:
-    """Pixels uint8 (n, channels, h, w), of which `rows` gives (epoch, number): as many of the same size.
+def augmented(
+    pixels: Tensor, kind: Augment, side: int, rows: Sequence[tuple[int, int]], key: Key, padding: int = 4
+) -> Tensor:
+    """Pixels uint8 (n, channels, h, w), of which `rows` gives (epoch, number): as many of `side` rows and columns.
 
     "flip" reflects half of them from left to right; "crop-flip" also takes a crop of the image padded with zeros;
-    "resized-crop-flip" a crop of 8 to 100 % of its area, its sides in a ratio of 3/4 to 4/3, resized.
+    "resized-crop-flip" a crop of 8 to 100 % of its area, its sides in a ratio of 3/4 to 4/3, resized. This crop is of
+    the image as it was read; the others are of the image resized.
     """
+    draws = [fold(key, *row) for row in rows]
+    if kind == "resized-crop-flip":
+        pixels = torch.cat([_resized(image, side, draw) for image, draw in zip(pixels, draws, strict=True)])
+    else:
+        pixels = resized(pixels, (side, side))
     if kind == "none":
         return pixels
-    draws = [fold(key, *row) for row in rows]
     if kind == "crop-flip":
         pixels = _cropped(pixels, draws, padding)
-    elif kind == "resized-crop-flip":
-        pixels = torch.stack([_resized(image, draw) for image, draw in zip(pixels, draws, strict=True)])
     flipped = torch.tensor([draw & 1 for draw in draws], dtype=torch.bool)[:, None, None, None]
     return torch.where(flipped, pixels.flip(3), pixels)
 
@@ -45,8 +51,21 @@ def _cropped(pixels: Tensor, draws: Sequence[int], padding: int) -> Tensor:
     return padded[torch.arange(n)[:, None, None], :, top[:, :, None], left[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def _resized(image: Tensor, draw: Key) -> Tensor:
-    """A crop of random area and ratio, as large as the image; the largest square in the middle where none fits."""
+def judged(pixels: Tensor, kind: Augment, side: int) -> Tensor:
+    """What an evaluation sees of pixels uint8 (n, channels, h, w): the whole image in `side` rows and columns. Where
+    training took crops of random size of larger images: 7/8 of rows and columns in the middle, as of 256 published
+    recipes for ImageNet take 224, which then are not resized again."""
+    h, w = pixels.shape[2:]
+    if kind == "resized-crop-flip" and min(h, w) > side:
+        rows, columns = (max(round(CENTRE * length), side) for length in (h, w))
+        top, left = (h - rows) // 2, (w - columns) // 2
+        pixels = pixels[:, :, top : top + rows, left : left + columns]
+    return resized(pixels, (side, side))
+
+
+def _resized(image: Tensor, side: int, draw: Key) -> Tensor:
+    """A crop of random area and ratio of one image, (1, channels, side, side); the largest square in the middle where
+    none fits."""
     _, h, w = image.shape
     for attempt in range(10):
         area, ratio, y, x = (fold(draw, attempt, name) / 2**63 for name in ("area", "ratio", "y", "x"))
@@ -54,10 +73,10 @@ def _resized(image: Tensor, draw: Key) -> Tensor:
         rows, columns = round((size / shape) ** 0.5), round((size * shape) ** 0.5)
         if 0 < rows <= h and 0 < columns <= w:
             top, left = int(y * (h - rows + 1)), int(x * (w - columns + 1))
-            return resized(image[None, :, top : top + rows, left : left + columns], (h, w))[0]
-    side = min(h, w)
-    top, left = (h - side) // 2, (w - side) // 2
-    return resized(image[None, :, top : top + side, left : left + side], (h, w))[0]
+            return resized(image[None, :, top : top + rows, left : left + columns], (side, side))
+    least = min(h, w)
+    top, left = (h - least) // 2, (w - least) // 2
+    return resized(image[None, :, top : top + least, left : left + least], (side, side))
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
