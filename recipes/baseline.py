@@ -87,7 +87,11 @@ class Baseline(TrainConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"--match {pattern!r} is no regular expression: {error}") from None
-        if self.match not in ((), (self.matrices,)) and self.rule().name == "adamw" and self.rest_lr is None:
+        if (
+            self.match not in ((), (self.matrices,))
+            and self.rule().name == "adamw"
+            and (self.rest_lr, self.rest) == (None, "adamw")
+        ):
             raise UsageError("--match: AdamW trains everything here, all at --lr; give --rest-lr, or leave --match out")
 
 

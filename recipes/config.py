@@ -17,11 +17,11 @@ from optimizers.contract import Family, Group, Optimizer, Params, Rule, UsageErr
 from optimizers.partition import partition, trainable
 from optimizers.random import Key
 from optimizers.registry import RULES
-from optimizers.rules.adamw import adamw
 from optimizers.storage.stored import BasesDtype, MomentsDtype, keep
 from optimizers.wrappers.traversal import Groups, layers
 
 from . import init
+from .rest import Rest, rest_for
 
 SIZES = ("rank", "update_proj_gap")  # options that go with the size of the model: a preset gives them to any rule
 MATRICES = r"layers\.\d+\..*_proj\.weight$"  # attention and MLP; embedding, norms and head go to AdamW
@@ -54,15 +54,18 @@ class TrainConfig(LanguageConfig):
     size: Size = field(default_factory=Size)
     """Sizes by hand, over the preset's."""
     optimizer: str = "adamw"
-    """The rule for the matrices of attention and MLP; AdamW trains the rest. Its options are the last flags here."""
+    """The rule for the matrices of attention and MLP; --rest trains the rest. Its options are the last flags here."""
     options: Any = None
     """The options of that rule, an instance of its family's dataclass; by default what `defaults` gives."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_of: str = ""
     """The rule that `lr` was chosen for, where that is another one than `optimizer`."""
+    rest: Rest = "adamw"
+    """What trains embedding and head, where the rule does not: AdamW; adam_sn, with one second moment a row; scale,
+    with a moment of the head alone; or the rule itself. Vectors are AdamW's. Each needs a --rest-lr of its own."""
     rest_lr: float | None = None
-    """Peak learning rate of the AdamW that trains embedding, norms and head; by default `lr`."""
+    """Peak learning rate of embedding, norms and head; by default `lr`."""
     weight_decay: float = 0.0
     """Decoupled decay of matrices; norms are never decayed."""
     moments_dtype: MomentsDtype = "fp32"
@@ -170,6 +173,8 @@ class TrainConfig(LanguageConfig):
         if self.init is not None and self.size != Size():
             raise UsageError("--size: --init gives the model with its sizes; leave one of them out")
         self.check_init(plan=True)
+        if self.rest == "same" and self.optimizer == "adamw":
+            raise UsageError("--rest same: changes nothing where --optimizer is adamw, which trains the rest anyway")
         self.at_least("lr", 0)
         if not self.lr < 3e38:
             raise UsageError(f"--lr must be a float32, got {self.lr}")
@@ -257,29 +262,16 @@ class TrainConfig(LanguageConfig):
 
 
 def groups_for(config: TrainConfig, rule: Rule, params: Params, matrices: Sequence[str] = ()) -> list[Group]:
-    """`rule` on the matrices that match, by default the config's; AdamW on the rest, if there is any, at a rate of its
-    own where asked."""
+    """`rule` on the matrices that match, by default the config's; on the rest, if there is any, what `rest` says."""
     matrices = matrices or (config.matrices,)
-    if rule.name == "adamw" and config.rest_lr is None:
+    if rule.name == "adamw" and config.rest_lr is None and config.rest == "adamw":
         return [
             Group("adamw-norms", rule, (config.vectors,), config.lr, 0.0, "norms and biases: never decayed"),
             Group("adamw", rule, ("",), config.lr, config.weight_decay, "everything else"),
         ]
     why = "matrices of attention and MLP" if tuple(matrices) == (config.matrices,) else "asked for by --match"
-    left = [name for name in params if not any(re.search(pattern, name) for pattern in matrices)]
-    norms = [name for name in left if re.search(config.vectors, name)]
-    others = [name for name in left if name not in norms]
-    rest = [group for group, own in zip(rest_for(config), (norms, others), strict=True) if own]
+    rest = rest_for(config, params, rule, matrices)
     return [Group(rule.name, rule, tuple(matrices), config.lr, config.weight_decay, why), *rest]
-
-
-def rest_for(config: TrainConfig, eps: float = 1e-8) -> list[Group]:
-    """AdamW on what is left: norms, embedding and head, at a rate of their own where asked."""
-    rest, rule = config.lr if config.rest_lr is None else config.rest_lr, adamw(eps=eps)
-    return [
-        Group("adamw-norms", rule, (config.vectors,), rest, 0.0, "norms and biases: vectors, never decayed"),
-        Group("adamw-rest", rule, ("",), rest, config.weight_decay, "embedding and head: rows, not a map"),
-    ]
 
 
 class Setup(NamedTuple):

@@ -27,6 +27,7 @@ from optimizers.storage.stored import BasesDtype
 from . import flags, init
 from .cli import main
 from .finetune import Finetune, read
+from .rest import Rest
 from .train import train
 
 ADAPTERS = r"\.lora_[AB]\."
@@ -40,6 +41,7 @@ class Lora(Finetune):
     preset: tyro.conf.Suppress[Literal["none", "sumo-gsm8k"]] = "none"
     swap: tyro.conf.Suppress[Literal["never", "convert", "only"]] = "never"
     swap_at: tyro.conf.Suppress[tuple[int, str] | None] = None
+    rest: tyro.conf.Suppress[Rest] = "adamw"
     rest_lr: tyro.conf.Suppress[float | None] = None
     bases_dtype: tyro.conf.Suppress[BasesDtype] = "fp32"
     stagger: tyro.conf.Suppress[bool] = True

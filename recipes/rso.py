@@ -25,9 +25,10 @@ from optimizers.wrappers.rso import SHARED, rso
 
 from . import flags
 from .cli import main
-from .config import Setup, TrainConfig, rest_for
+from .config import Setup, TrainConfig
 from .epochs import commands
 from .glue import HERE, TASKS, GlueConfig, of_table
+from .rest import rest_for
 from .rso_toy import Toy, toy
 from .train import train
 
@@ -62,8 +63,9 @@ class Rso(TrainConfig):
 
     def groups(self, params: Params) -> list[Group]:
         """The inner rule on attention and MLP; AdamW on the rest, at the same learning rate unless told otherwise."""
-        why = f"attention and MLP, in subspaces of rank {self.rank}"
-        return [Group("rso", self.rule(), (self.matrices,), self.lr, self.weight_decay, why), *rest_for(self)]
+        why, rule = f"attention and MLP, in subspaces of rank {self.rank}", self.rule()
+        own = Group("rso", rule, (self.matrices,), self.lr, self.weight_decay, why)
+        return [own, *rest_for(self, params, rule, own.match)]
 
     def optimizer_for(self, setup: Setup) -> Optimizer:
         """RSO over the groups' rules, and slots for P and B in the model."""

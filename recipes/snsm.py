@@ -19,8 +19,9 @@ from optimizers.rules.snsm import adam_snsm, snsm
 
 from . import flags, vision
 from .cli import main
-from .config import TrainConfig, rest_for
+from .config import TrainConfig
 from .epochs import commands
+from .rest import rest_for
 from .train import train
 from .vision import Body, VitConfig
 
@@ -57,7 +58,8 @@ class Vit(VitConfig, Snsm):
 
     def groups(self, params: Params) -> list[Group]:
         linear, rule = (self.matrices, *((r"^classifier\.weight$",) if self.head else ())), self.rule()
-        return [Group(rule.name, rule, linear, self.lr, self.weight_decay, "Linear weights"), *rest_for(self, 1e-6)]
+        own = Group(rule.name, rule, linear, self.lr, self.weight_decay, "Linear weights")
+        return [own, *rest_for(self, params, rule, linear, 1e-6)]
 
     @classmethod
     def published(cls, preset: str) -> Mapping[str, Any]:
@@ -80,7 +82,8 @@ class Vit(VitConfig, Snsm):
 def groups(config: TrainConfig, rule: Rule, params: Params, head: bool = True) -> list[Group]:
     """The rule on Linear weights; Adam on the rest, at the same learning rate unless told otherwise."""
     linear = (config.matrices, *((HEAD,) if head and "lm_head.weight" in params else ()))
-    return [Group(rule.name, rule, linear, config.lr, config.weight_decay, "Linear weights"), *rest_for(config, 1e-6)]
+    own = Group(rule.name, rule, linear, config.lr, config.weight_decay, "Linear weights")
+    return [own, *rest_for(config, params, rule, linear, 1e-6)]
 
 
 def paper(model: Literal["60m", "130m", "350m", "1b"], rank: int, steps: int, gap: int = 100) -> Snsm:

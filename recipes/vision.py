@@ -262,7 +262,7 @@ class ResnetConfig(VisionConfig):
     def groups(self, params: Params) -> list[Group]:
         """Everything is one rule's where that moves each entry by itself; else convolutions are, as matrices."""
         rule = flattened(self.rule())
-        if not rule.elementwise or self.rest_lr is not None:
+        if not rule.elementwise or (self.rest_lr, self.rest) != (None, "adamw"):
             first, *rest = groups_for(self, rule, params)
             last = "the last layer: rows, not a map"
             rest = [group._replace(why=last) if group.name == "adamw-rest" else group for group in rest]
