@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .contract import Family, Rule, UsageError, idle
 from .registry import RULES
 from .registry import rule as registered
-from .routing import WHY, Place, bare, check_patterns, check_whole, chosen, kinds, place
+from .routing import WHY, Place, bare, check_patterns, check_pieces, check_whole, chosen, kinds, place
 from .storage.stored import BasesDtype, MomentsDtype, stored
 
 Given = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -89,6 +89,9 @@ def groups_from(given: Given, wanted: Wanted, frozen: dict[str, Tensor], taken: 
     if wanted.match:
         names = [name for group in plain for name, _ in _pairs(group) or []]
         check_patterns(wanted.match, names)
+    check_pieces(
+        [pair for group, explicit in zip(plain, said, strict=True) if not explicit for pair in _pairs(group) or []]
+    )
     made: Groups = []
     for group, explicit in zip(plain, said, strict=True):
         if own and not explicit:

@@ -14,7 +14,8 @@ from .contract import UsageError
 
 Place = Literal["rule", "norms", "rest"]
 
-ADDED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+FSDP = "_fsdp_wrapped_module"
+ADDED = re.compile(rf"(?:^|(?<=\.))(?:module|_orig_mod|{FSDP}|_checkpoint_wrapped_module)\.")
 NORM = re.compile(r"norm|(?:^|[._])(?:ln|bn)(?:_\w+|\d*)\.", re.IGNORECASE)
 EMBEDDING = re.compile(r"(?:^|[._])(?:\w*embed\w*|wte|wpe)(?:\.|$)", re.IGNORECASE)
 HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|score|classifier|qa_outputs)\.|^(?:head|output)\.")
@@ -86,11 +87,18 @@ def check_patterns(match: Sequence[str], names: Sequence[str]) -> None:
 
 def check_whole(name: str, p: Tensor) -> None:
     """Raises UsageError for what looks like a matrix that was flattened, or a shard."""
-    flat = "flat_param" in name or type(p).__name__ == "FlatParameter"
+    flat = "flat_param" in name or not p.numel()
     weight = name.endswith("weight") and not NORM.search(name)
     if flat or (p.ndim == 1 and weight and (MAP.search(name) or EMBEDDING.search(name) or p.numel() >= LARGE)):
         raise UsageError(flattened(name, p, "a matrix"))
     check_sharded(name, p)
+
+
+def check_pieces(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises UsageError where FSDP1 keeps the names of parameters and gives pieces of them: then none is a matrix."""
+    inside = [(name, p) for name, p in named if FSDP in name]
+    if inside and all(p.ndim < 2 for _, p in inside):
+        raise UsageError(flattened(*max(inside, key=lambda pair: pair[1].numel()), "a matrix, or another whole tensor"))
 
 
 def check_sharded(name: str, p: Tensor) -> None:
