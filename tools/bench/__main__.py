@@ -1,7 +1,7 @@
 """Measurements as ratios within one run: the machine's mood cancels, so the numbers can be compared.
 
 python -m tools.bench step      training steps: this engine, the usual way, and loops made by hand with equal switches
-python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True); SUMO's over torch Muon's
+python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(foreach=True), other libraries' too
 python -m tools.bench polar     exact polar factors of moments: time over Newton-Schulz's five steps, and errors
 python -m tools.bench refresh   rebuilding subspace bases: the randomized range finder against the exact SVD
 python -m tools.bench stagger   the slowest training step against the median, bases rebuilt in turn and all at once
