@@ -4,6 +4,7 @@ python -m recipes.baseline                                              the demo
 python -m recipes.baseline --optimizer galore --rank 128 --model 60m --data corpus/*.jsonl.xz --tokenizer t.model
 python -m recipes.baseline --optimizer galore --help                    its options among the flags
 python -m recipes.baseline glue --task rte --init MODEL --data FOLDER   fine-tune an encoder on a task of GLUE
+python -m recipes.baseline masked --init MODEL --data TEXT              an encoder says the tokens hidden from it
 python -m recipes.baseline gpt2                                         a GPT-2 of 11 M parameters; gpt2-paper: 124 M
 python -m recipes.baseline resnet --data cifar-10-batches-py            a ResNet-20 on images; or: vit
 """
@@ -26,6 +27,7 @@ from .cli import main
 from .config import Setup, TrainConfig, groups_for
 from .epochs import commands
 from .glue import HERE, OMGD_BATCHES, OMGD_RATES, GlueConfig, of_table
+from .masked import MaskedConfig
 from .train import train
 from .vision import ResnetConfig, VitConfig
 
@@ -107,6 +109,11 @@ class Glue(GlueConfig, Baseline):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Masked(MaskedConfig, Baseline):
+    recipe = "baseline-masked"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gpt2(gpt2.Gpt2Train, Baseline):
     recipe = "baseline-gpt2"
 
@@ -139,6 +146,7 @@ class Vit(VitConfig, Baseline):
 
 PRESETS: Mapping[str, tuple[str, Any]] = {
     "glue": ("Fine-tune a BERT or RoBERTa on a task of GLUE; lr ours, not tuned.", Glue(**HERE, lr=1e-4)),
+    "masked": ("Train a masked language model, from a BERT or RoBERTa; lr ours, not tuned.", Masked(**HERE, lr=1e-4)),
     "gpt2": ("Train a GPT-2 of 11 M parameters; settings ours, lr not tuned: see recipes/gpt2.py.", Gpt2(**gpt2.HERE)),
     "gpt2-paper": ("The GPT-2 of OMGD (section 5.4) under full AdamW; see recipes/gpt2.py.", Gpt2(**gpt2.PAPER)),
     "resnet": ("Train a ResNet on images; lr and schedule ours, not tuned.", Resnet(**vision.SMALL_RESNET)),

@@ -8,10 +8,8 @@ come from. Without it, the settings are ours, for MiniLM on two cores: 3 epochs,
 linear decay to 0 after a tenth of the steps, dropout as in the model's config.json.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,28 +19,21 @@ from engine.data.glue import GLUE, Columns, Layout
 from engine.step.segments import Batch
 from engine.tasks import sequences
 from engine.tasks.scores import CLASSES, NUMBERS, scores
-from models import encoder_weights, weights
-from models.encoder import Encoder
+from models import encoder_weights
 from models.encoder_config import EncoderConfig
-from optimizers.contract import Optimizer, Params, UsageError
+from optimizers.contract import UsageError
 
-from .config import Setup, Size, TrainConfig
-from .epochs import EpochConfig
+from .encoders import EncoderTrain
 from .errors import usage
 
 Name = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli-mm", "qnli", "rte", "wnli", "custom"]
-MATRICES = r"\blayer\.\d+\..*(query|key|value|dense)\.weight$"  # attention and MLP of an encoder's layers
-VECTORS = r"LayerNorm|layer_norm|bias$"
-BLOCKS = r"\bencoder\.layer\.(\d+)\."
 TASKS = ("cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp")  # of the papers' tables, in their order
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueConfig(EpochConfig):
+class GlueConfig(EncoderTrain):
     """Flags of every recipe that fine-tunes an encoder on labelled texts."""
 
-    init: Path | None = None
-    """A folder with a BERT or RoBERTa as Hugging Face publishes it, whose weights and tokenizer the run begins with."""
     preset: Literal["here", "paper"] = "here"
     """Settings under the flags that are given: ours, for a small model on two cores; the paper's, for RoBERTa-base."""
     task: Name = "rte"
@@ -62,42 +53,13 @@ class GlueConfig(EpochConfig):
     """A custom task's labels are numbers to come close to, not classes."""
     metrics: tuple[str, ...] = ()
     """What evaluations report beside the loss: accuracy, f1, matthews of classes, pearson, spearman of numbers."""
-    new_head: bool = False
-    """Draw the head anew, although the folder has one."""
-    epochs: float = 3.0
-    """Passes over the data, in the place of --steps; an epoch is filled up to whole steps."""
-    eval_epochs: float = 1.0
-    """Passes between evaluations, in the place of --eval-every."""
-    eval_rows: int = 0
-    """Held-out rows per evaluation, evenly spaced; 0: all."""
-    sequence: int = 128
-    """Tokens per row: longer texts are cut, shorter ones filled up."""
-    micro_batch: int = 16
-    """Rows that go through the model at once."""
 
-    model: tyro.conf.Suppress[Literal["demo", "60m", "130m", "350m", "1b", "7b"]] = "demo"
-    size: tyro.conf.Suppress[Size] = dataclasses.field(default_factory=Size)
-    prompt: tyro.conf.Suppress[str] = ""
     field: tyro.conf.Suppress[str] = "text"
-    tokenizer: tyro.conf.Suppress[str] = "byte"
-    eos: tyro.conf.Suppress[str | None] = None
-    allow_unknown: tyro.conf.Suppress[float] = 0.01
-    documents: tyro.conf.Suppress[Literal["joined", "apart"]] = "joined"
-    eval_windows: tyro.conf.Suppress[int] = 64
 
-    matrices = MATRICES
-    vectors = VECTORS
-    blocks = BLOCKS
-    align = True
     about: ClassVar = (
-        *TrainConfig.about,
-        *("preset", "task", "text_fields", "label_field", "labels", "numbers", "metrics", "new_head"),
-        *("epochs", "eval_epochs", "eval_rows"),
+        *EncoderTrain.about,
+        *("preset", "task", "text_fields", "label_field", "labels", "numbers", "metrics"),
     )
-    usual: ClassVar = {
-        "": {"rank": 4, "update_proj_gap": 50, "proj_type": "auto"},
-        "sgd": {"momentum": 0.9},
-    }
 
     @classmethod
     def published(cls, task: str) -> Mapping[str, Any]:
@@ -125,8 +87,11 @@ class GlueConfig(EpochConfig):
     def regression(self) -> bool:
         return self.numbers or self.task == "stsb"
 
+    @property
+    def known(self) -> bool:
+        return bool(self.layout.labels) or self.regression
+
     def encoder(self) -> EncoderConfig:
-        """The model's shape. Raises UsageError where the labels are not known before the data are read."""
         labels = self.layout.labels
         if not (labels or self.regression):
             raise UsageError("--labels: got none; name the labels of the custom task, in the order of their numbers")
@@ -137,8 +102,6 @@ class GlueConfig(EpochConfig):
             return encoder_weights.config_of(self.init, "classification", labels)
 
     def check(self) -> None:
-        if self.init is None:
-            raise UsageError("--init: got none; give the folder of a BERT or RoBERTa as Hugging Face publishes it")
         super().check()
         custom = self.task == "custom"
         if custom and not self.text_fields:
@@ -153,51 +116,9 @@ class GlueConfig(EpochConfig):
         if odd := [name for name in self.metrics if name not in known]:
             raise UsageError(f"--metrics: got {odd[0]!r}, expected some of {', '.join(known)} for --task {self.task}")
         scores(self.layout.scores, None if self.regression else max(len(self.layout.labels), 2))
-        self.at_least("eval_rows", 0)
-
-    def check_init(self, plan: bool = False) -> None:
-        if self.init is None or not (plan or self.resume == "never"):
-            return
-        with usage("--init"):
-            body = encoder_weights.config_of(self.init, "masked")
-            if self.sequence > body.longest:
-                raise UsageError(
-                    f"--sequence: got {self.sequence}, expected at most {body.longest}, the positions of the model in "
-                    f"{self.init}"
-                )
-            if self.resume != "never" or (plan and not weights.is_folder(self.init)):
-                return
-            known = bool(self.layout.labels) or self.regression
-            model = encoder_weights.empty(self.encoder() if known else body)
-            encoder_weights.sources(model, self.init, self.new_head or not known)
-
-    def vocabulary(self) -> int:
-        assert self.init is not None
-        with usage("--init"):
-            return encoder_weights.config_of(self.init).vocab_size
-
-    def network(self, vocabulary: int) -> Encoder:
-        return Encoder(self.encoder())
-
-    def fill(self, model: Encoder, params: Params) -> None:
-        assert self.init is not None
-        with usage("--init"):
-            found = encoder_weights.sources(model, self.init, self.new_head)
-            encoder_weights.fill(params, model, found, self.seed)
 
     def blank(self, rows: int) -> Batch:
         return sequences.blank(rows, self.sequence, torch.float32 if self.regression else torch.int64)
-
-    def notes(self, setup: Setup, optimizer: Optimizer) -> list[str]:
-        said = super().notes(setup, optimizer)
-        if self.init is None or self.resume != "never" or not weights.is_folder(self.init):
-            return said
-        found = encoder_weights.sources(setup.model, self.init, self.new_head)
-        if found.drawn:
-            said.append(f"drawn anew, as {self.init} does not have them: {', '.join(found.drawn)}")
-        if found.unused:
-            said.append(f"of {self.init} not used: {', '.join(found.unused)}")
-        return said
 
 
 # Settings that several papers share, of RoBERTa-base.

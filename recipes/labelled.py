@@ -28,13 +28,8 @@ class Labelled(Material):
     def __init__(self, config: GlueConfig, console: Console) -> None:
         """Raises UsageError."""
         assert config.init is not None
-        self.pairs = PairTokenizer(config.init)
         self.vocabulary = config.vocabulary()
-        if self.pairs.vocab_size > self.vocabulary:
-            raise UsageError(
-                f"--init: {self.pairs.file}: got a vocabulary of {self.pairs.vocab_size}, expected at most "
-                f"{self.vocabulary}, that of the model beside it; give the tokenizer that it was trained with"
-            )
+        self.pairs = PairTokenizer.of_model(config.init, self.vocabulary)
         layout = config.layout
         if not config.data:
             raise UsageError(f"--data: got none; give the folder of {layout.folder or 'the data'}, or files")

@@ -19,6 +19,7 @@ CONFIGS = {  # a recipe's name in a checkpoint -> its module and class
     "baseline": ("baseline", "Baseline"),
     "baseline-glue": ("baseline", "Glue"),
     "baseline-gpt2": ("baseline", "Gpt2"),
+    "baseline-masked": ("baseline", "Masked"),
     "baseline-resnet": ("baseline", "Resnet"),
     "baseline-vit": ("baseline", "Vit"),
     "finetune": ("finetune", "Finetune"),

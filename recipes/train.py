@@ -32,6 +32,7 @@ from .config import TrainConfig
 from .conversations import Conversations
 from .glue import GlueConfig
 from .labelled import Labelled
+from .masked import Hidden, MaskedConfig
 from .material import Material, Text
 from .pictures import Pictures
 from .plan import planned
@@ -83,6 +84,8 @@ def material_of(config: TrainConfig, console: Console) -> Material:
         return Conversations(config, console)
     if isinstance(config, VisionConfig):
         return Pictures(config, console)
+    if isinstance(config, MaskedConfig):
+        return Hidden(config, console)
     return Labelled(config, console) if isinstance(config, GlueConfig) else Text(config, console)
 
 

@@ -80,6 +80,17 @@ class PairTokenizer:
         if not self.added:
             raise UsageError(f"{self.file}: adds no special tokens around a text; give the tokenizer of an encoder")
 
+    @classmethod
+    def of_model(cls, folder: Path, vocabulary: int) -> "PairTokenizer":
+        """That of the model in a folder, which knows so many tokens. Raises UsageError where the file has more."""
+        found = cls(folder)
+        if found.vocab_size > vocabulary:
+            raise UsageError(
+                f"--init: {found.file}: got a vocabulary of {found.vocab_size}, expected at most {vocabulary}, that of "
+                "the model beside it; give the tokenizer that it was trained with"
+            )
+        return found
+
     @property
     def mask(self) -> int:
         """The id of the token that hides another one. Raises UsageError where there is none."""
@@ -90,30 +101,42 @@ class PairTokenizer:
 
     def encode(self, texts: Sequence[tuple[str, ...]], targets: npt.NDArray[Any], length: int) -> Encoded:
         """Texts, or pairs, in rows of at most `length` tokens. Raises UsageError where no token of a text would fit."""
+        found = self._cut(texts, length)
+        return _encoded(found, targets, sum(bool(row.overflowing) for row in found))
+
+    def pieces(self, texts: Sequence[str], length: int) -> Encoded:
+        """Texts as rows of at most `length` tokens, as many of each as it needs, without targets. Raises UsageError
+        where no token of a text would fit."""
+        found = self._cut([(text,) for text in texts], length)
+        return _encoded([row for one in found for row in (one, *one.overflowing)], np.zeros(0, np.int64), 0)
+
+    def _cut(self, texts: Sequence[tuple[str, ...]], length: int) -> list[Any]:
+        """The library's encodings, each cut to `length` tokens, with what follows as its `overflowing`."""
         if length <= self.added:
             raise UsageError(f"--sequence: got {length}, expected more than the {self.added} special tokens of a row")
-        given = [one if len(one) > 1 else one[0] for one in texts]
-        whole = [len(found.ids) for found in self.core.encode_batch(given)]
         self.core.enable_truncation(length, strategy="longest_first")
         try:
-            found = self.core.encode_batch(given)
+            found: list[Any] = self.core.encode_batch([one if len(one) > 1 else one[0] for one in texts])
         finally:
             self.core.no_truncation()
-        sizes = [len(row.ids) for row in found]
-        return Encoded(
-            _flat([row.ids for row in found], np.int32),
-            _flat([row.type_ids for row in found], np.uint8),
-            _flat([row.special_tokens_mask for row in found], np.bool_),
-            np.cumsum([0, *sizes]).astype(np.int64),
-            targets,
-            sum(a > b for a, b in zip(whole, sizes, strict=True)),
-        )
+        return found
 
     def copy_to(self, folder: Path) -> None:
         """Put the tokenizer's files into a folder that exists."""
         for name in (FILE, *BESIDE):
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
+
+
+def _encoded(found: Sequence[Any], targets: npt.NDArray[Any], cut: int) -> Encoded:
+    return Encoded(
+        _flat([row.ids for row in found], np.int32),
+        _flat([row.type_ids for row in found], np.uint8),
+        _flat([row.special_tokens_mask for row in found], np.bool_),
+        np.cumsum([0, *(len(row.ids) for row in found)]).astype(np.int64),
+        targets,
+        cut,
+    )
 
 
 def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> npt.NDArray[Any]:

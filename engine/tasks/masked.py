@@ -5,6 +5,7 @@ mask, 10% by a random token, and 10% stay. Which, is a function of seed, epoch a
 epoch, and a resumed run masks as one that was not stopped.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,15 +17,27 @@ from models.segment import IGNORED
 from optimizers.contract import UsageError
 from optimizers.random import fold
 
-from ..data.chat.packing import supervised
+from ..data.chat.packing import EIGHTHS, supervised
 from ..data.order import Epochs, Ints, spaced
 from ..data.pairs import Encoded
 from ..step.segments import Batch, Chain
+from ..step.tokens import SUPERVISED
 from ..task import Sums
 from .finetuning import right
+from .sequences import blank as row_blank
 from .tokens import TokenTask
 
 HELD_OUT = -1  # the epoch of evaluations
+
+
+def blank(rows: int, length: int, share: float) -> Batch:
+    """A batch of the task's shapes and dtypes, on the current device, that says nothing: what a plan needs of it. The
+    places of targets are as wide as the row that has most of them asks for, taken to be 1.5 deviations above the mean:
+    about what the widest of a few rows is."""
+    most = share * length + 1.5 * math.sqrt(share * (1 - share) * length)
+    unit = max(-(-length // EIGHTHS), 1)
+    fields = {**row_blank(rows, length, torch.int64), "targets": torch.zeros(rows, length, dtype=torch.int64)}
+    return {**fields, SUPERVISED: torch.zeros(rows, min(math.ceil(most / unit) * unit, length), dtype=torch.int64)}
 
 
 class MaskedRows:
@@ -58,7 +71,7 @@ class MaskedRows:
                 size = own.stop - own.start
                 ids = fields["input_ids"][i, :size]
                 ids[:], targets[i, :size] = self._masked(ids, self.encoded.special[own], k, epoch)
-        fields |= {"targets": targets, "supervised": supervised(targets)}
+        fields |= {"targets": targets, SUPERVISED: supervised(targets)}
         return {name: torch.from_numpy(a) for name, a in fields.items()}
 
     def _masked(self, ids: Ints, special: Any, row: int, epoch: int) -> tuple[Ints, Ints]:
