@@ -23,6 +23,8 @@ from .encoder_heads import class_loss
 from .layers import allocate
 from .segment import Batch, Segment
 
+MODEL_TYPE = "resnet-torchvision"
+
 
 @dataclass(frozen=True)
 class ResNetConfig:
@@ -51,13 +53,13 @@ class ResNetConfig:
     def to_hf(self) -> dict[str, Any]:
         """What a checkpoint's config.json says. Hugging Face has no such model: the names are torchvision's."""
         own = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {"architectures": ["ResNet"], "model_type": "resnet-torchvision", **own}
+        return {"architectures": ["ResNet"], "model_type": MODEL_TYPE, **own}
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ResNetConfig":
         """Read what `to_hf` made. Raises ValueError."""
         names = [field.name for field in fields(cls)]
-        if config.get("model_type") != "resnet-torchvision" or any(name not in config for name in names):
+        if config.get("model_type") != MODEL_TYPE or any(name not in config for name in names):
             raise ValueError(f"config.json: got {str(dict(config))[:80]}, expected a ResNet's, as runs here write it")
         own: dict[str, Any] = {n: tuple(v) if isinstance(v := config[n], list) else v for n in names}
         return cls(**own)

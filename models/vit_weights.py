@@ -20,6 +20,14 @@ from .vit_config import ViTConfig
 CLASSIFIER = "classifier."
 
 
+def published(folder: Path) -> bool:
+    """Is there a ViT's config.json?"""
+    try:
+        return bool(weights.read_json(folder / weights.CONFIG).get("model_type") == "vit")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def config_of(folder: Path, labels: tuple[str, ...] = ()) -> ViTConfig:
     """The shape of the model in a folder, of its own classes or of these. Raises ValueError."""
     try:

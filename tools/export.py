@@ -5,7 +5,8 @@
 
 OUT gets config.json, model.safetensors or several files with an index, the tokenizer, its special tokens and chat
 template where there is one, and generation_config.json. Weights that an optimizer keeps in two parts are merged; a tied
-matrix is written once. A Hugging Face folder in RUN's place is written anew, in another dtype or other files.
+matrix is written once. A ViT gets preprocessor_config.json instead of a tokenizer. A Hugging Face folder in RUN's place
+is written anew, in another dtype or other files.
 
 OUT is there as a whole or not at all. Exit codes: 0 done, 1 failure, 2 bad arguments, 5 an unusable checkpoint.
 """
@@ -24,11 +25,12 @@ from torch import Tensor
 from engine.checkpoint import CheckpointError
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.terminal.flags import ask
-from models import encoder_weights, shards, weights
+from models import encoder_weights, shards, vit_weights, weights
+from models.resnet import MODEL_TYPE as RESNET
 from models.weights import Config
 from optimizers.contract import UsageError
 
-from . import export_encoder, tokenizer_files
+from . import export_encoder, export_vit, tokenizer_files
 from .generate import find, in_products, load_model, published, tokenizer_of
 from .plan import size
 
@@ -61,7 +63,8 @@ def export(config: Export) -> None:
     try:
         folder = find(config.run, config.checkpoint).path
         assert folder is not None
-        write, saved = _encoder(folder, config) if encoder_weights.published(folder) else _decoder(folder, config)
+        kind = _encoder if encoder_weights.published(folder) else _vit if vit_weights.published(folder) else _decoder
+        write, saved = kind(folder, config)
     except UsageError:
         raise
     except ValueError as error:
@@ -108,6 +111,11 @@ Write = Callable[[Path, torch.dtype, int], list[str]]  # into a folder, in this 
 
 def _decoder(folder: Path, config: Export) -> tuple[Write, torch.dtype]:
     """What writes a language model, and the dtype that it has. Raises what reading it does."""
+    if weights.read_json(folder / weights.CONFIG).get("model_type") == RESNET:
+        raise UsageError(
+            f"RUN: {folder}: is a ResNet, which Hugging Face has no form of; its model.safetensors has torchvision's "
+            "names, and load_state_dict takes it as it is"
+        )
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer_of(folder)
     shape, shapes, saved, get = _source(folder)
     weights.check_vocabulary(tokenizer.vocab_size, shape, tokenizer.name, folder)
@@ -118,6 +126,15 @@ def _encoder(folder: Path, config: Export) -> tuple[Write, torch.dtype]:
     """The same of an encoder."""
     made, tokenizer = export_encoder.source(folder), export_encoder.tokenizer(folder, config.tokenizer)
     return lambda fresh, dtype, largest: export_encoder.write(fresh, made, dtype, largest, tokenizer), made[2]
+
+
+def _vit(folder: Path, config: Export) -> tuple[Write, torch.dtype]:
+    """The same of a ViT, which reads no text."""
+    if config.tokenizer is not None:
+        raise UsageError(f"--tokenizer: {folder} is a ViT, which reads images; leave it out")
+    made = export_vit.source(folder)
+    told = export_vit.preprocessor(folder, made[0])
+    return lambda fresh, dtype, largest: export_vit.write(fresh, made, dtype, largest, told), made[2]
 
 
 Source = tuple[Config, dict[str, tuple[int, ...]], torch.dtype, Callable[[str], Tensor]]

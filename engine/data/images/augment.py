@@ -87,9 +87,13 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return found.round().clamp(0, 255).to(torch.uint8)
 
 
+def means(norm: str, channels: int) -> tuple[list[float], list[float]]:
+    """What `normalized` subtracts from each channel of pixels in [0, 1], and divides by."""
+    mean, deviation = ([*values] for values in NORMS[norm])
+    return (mean, deviation) if channels > 1 else ([sum(mean) / 3], [sum(deviation) / 3])
+
+
 def normalized(pixels: Tensor, norm: str) -> Tensor:
     """uint8 -> float32, each channel less its mean over its deviation; of one channel the mean of three's."""
-    mean, deviation = (torch.tensor(values) for values in NORMS[norm])
-    if pixels.shape[1] == 1:
-        mean, deviation = mean.mean()[None], deviation.mean()[None]
+    mean, deviation = (torch.tensor(values) for values in means(norm, pixels.shape[1]))
     return (pixels.float() / 255 - mean[:, None, None]) / deviation[:, None, None]
