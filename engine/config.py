@@ -11,7 +11,7 @@ from optimizers.contract import UsageError
 from .loop.schedule import Kind
 from .step.step import Clip, Mode
 
-Precision = Literal["fp32", "bf16", "bf16-sr", "mixed"]
+Precision = Literal["fp32", "bf16", "bf16-sr", "bf16+8", "mixed"]
 Matmul = Literal["highest", "high", "medium"]
 
 
@@ -48,8 +48,8 @@ class RunConfig:
     clip_norm: float = 1.0
     """The norm to clip to."""
     precision: Precision = "fp32"
-    """Weights and arithmetic in fp32 or bf16; bf16-sr rounds weight updates stochastically; mixed keeps fp32 weights
-    and computes in bf16."""
+    """Weights and arithmetic in fp32 or bf16; bf16-sr rounds weight updates stochastically; bf16+8 keeps 8
+    more bits of each weight in the optimizer's state; mixed keeps fp32 weights and computes in bf16."""
     compile: Mode = "segments"
     """Compile segment by segment, or not at all."""
     matmul: Matmul = "highest"

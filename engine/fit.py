@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from optimizers.compile import can_compile
-from optimizers.contract import Optimizer, UsageError
+from optimizers.contract import Kind, Optimizer, UsageError
 from optimizers.partition import freeze, trainable
 from optimizers.random import fold
 
@@ -121,5 +121,9 @@ def _step(task: Task, optimizer: Optimizer, config: RunConfig, device: torch.dev
             f"train; they differ in {odd[:3]}: make it from dict(model.named_parameters()), with the same ones frozen"
         )
     state = optimizer.init(params if fresh else {n: torch.empty_like(p, device="meta") for n, p in params.items()})
+    if config.precision == "bf16+8" and not any(group.rule.names(Kind.BITS) for group in optimizer.owner.values()):
+        raise UsageError(
+            "precision bf16+8: no rule of the optimizer keeps last bits; make its groups with storage.keep"
+        )
     key = fold(config.seed, "optimizer")
     return Step(task.segments(), params, optimizer, state, key=key, **step_options(config, device.type))

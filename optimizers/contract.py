@@ -44,6 +44,7 @@ class Kind(StrEnum):
     SECOND = "second moments"
     BASIS = "bases"  # of a subspace, whatever it is stored as
     WEIGHT = "subspace weights"  # what trains in the place of a parameter
+    BITS = "last bits of weights"  # what bfloat16 leaves out
     INDEX = "indices"  # which entries or slices are meant
     COUNTER = "scalars"  # of steps, and what else is a number
 

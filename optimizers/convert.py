@@ -13,6 +13,7 @@ from .contract import Hyper, Kind, Optimizer, Params, Rule, Slots, State
 from .moments import GUESSED, UNKNOWN, Moments, complete
 from .random import Key, fold, normal
 from .state import parked_by, place, with_status
+from .storage.last_bits import LAST_BITS
 from .storage.slots import decoded, encoded
 from .storage.stored import plainly
 
@@ -111,6 +112,8 @@ def _one(
     second moment of its like. Old slots and moments are let go as soon as they were used."""
     held, slots = state.get(name, {}), fresh.pop(name)
     nan = float("nan")
+    if LAST_BITS in held and LAST_BITS in slots:
+        slots[LAST_BITS].copy_(held[LAST_BITS])  # they belong to the weight, whatever moves it
     if _same(old, new, held, slots):
         for slot, t in slots.items():
             t.copy_(held[slot])  # whoever gave it keeps it, and slots that tensors share stay one

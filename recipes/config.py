@@ -222,7 +222,7 @@ class TrainConfig(LanguageConfig):
 
     def optimizer_for(self, setup: "Setup") -> Optimizer:
         """The optimizer: rules for groups, and what wraps them."""
-        groups = keep(self.groups(setup.params), self.moments_dtype, self.bases_dtype)
+        groups = keep(self.groups(setup.params), self.moments_dtype, self.bases_dtype, self.precision == "bf16+8")
         return partition(setup.params, groups, self.stagger)
 
     def settled(self, epoch: int) -> Any:

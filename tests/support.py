@@ -119,7 +119,9 @@ def step_of(one: Combination, seed: int) -> Step:
     params = dict(model.named_parameters())
     groups = [Group(one.rule, RULES[one.rule], (MATRICES,), 1e-2), Group("rest", adamw(eps=1e-6), ("",), 1e-3)]
     bases: BasesDtype = "bf16" if one.moments != "fp32" and RULES[one.rule].names(Kind.BASIS) else "fp32"
-    optimizer = wrapped(one.wrapper, partition(params, keep(groups, one.moments, bases)), model, params)
+    optimizer = wrapped(
+        one.wrapper, partition(params, keep(groups, one.moments, bases, one.precision == "bf16+8")), model, params
+    )
     return Step(
         cut(model),
         params,

@@ -15,6 +15,7 @@ from optimizers.apply import add
 from optimizers.clock import CORRECTION
 from optimizers.contract import Slots
 from optimizers.state import Parked
+from optimizers.storage.last_bits import LAST_BITS
 from optimizers.storage.slots import SCALE, decoded, unfit
 from optimizers.wrappers.choice import TURN_WARMUP
 from optimizers.wrappers.masked import ENTRIES
@@ -145,7 +146,7 @@ def measured(
         measures["turn_rate"] = rate
     if (delta := adamw_update(slots, like, who)) is not None:
         measures["update_rms"] = rms(delta)
-        if p.dtype == torch.bfloat16 and rounded and (moving := delta != 0).any():
+        if p.dtype == torch.bfloat16 and rounded and LAST_BITS not in slots and (moving := delta != 0).any():
             measures["update_lost"] = float(((add(like, delta) == like) & moving).sum() / moving.sum())
     return measures, spectra
 

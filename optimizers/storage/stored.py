@@ -18,6 +18,7 @@ from ..contract import SEED, Group, Hyper, Kind, Rule, Slot, Slots, UsageError
 from ..moments import Moments
 from ..random import Key
 from . import blocks
+from .last_bits import Extended, extended
 from .slots import SCALE, decoded, encoded
 
 MomentsDtype = Literal["fp32", "bf16", "int8"]
@@ -111,19 +112,23 @@ def stored(rule: Rule, moments_dtype: MomentsDtype = "fp32", bases_dtype: BasesD
 
 
 def plainly(options: Any) -> Any:
-    """Options of a rule, under whatever wraps it, without what its slots are kept in."""
-    if isinstance(options, Stored):
+    """Options of a rule, under whatever wraps it, without what its slots and its weights are kept in."""
+    if isinstance(options, Stored | Extended):
         return plainly(options.over)
     return replace(options, over=plainly(options.over)) if hasattr(options, "over") else options
 
 
-def keep(groups: Sequence[Group], moments_dtype: MomentsDtype, bases_dtype: BasesDtype) -> list[Group]:
-    """These groups with what their rules hold kept in these; groups that shared a rule share one still.
+def keep(
+    groups: Sequence[Group], moments_dtype: MomentsDtype, bases_dtype: BasesDtype, last_bits: bool = False
+) -> list[Group]:
+    """These groups with what their rules hold kept in these, and with `last_bits` of bfloat16 weights beside it; groups
+    that shared a rule share one still.
 
-    Raises UsageError where that changes nothing.
+    Raises UsageError where a dtype changes nothing.
     """
     rules = {rule: stored(rule, moments_dtype, bases_dtype) for rule in dict.fromkeys(group.rule for group in groups)}
     check_kept(list(rules), moments_dtype, bases_dtype)
+    rules = {rule: extended(kept) if last_bits else kept for rule, kept in rules.items()}
     return [group._replace(rule=rules[group.rule]) for group in groups]
 
 

@@ -259,6 +259,11 @@ def omgd(
     scale, age = unused("scale", held), unused(AGE, held) if turn_warmup else ""
     for name in grouped:
         group = base.owner[name]
+        if scale_mode == "update" and group.rule.names(Kind.BITS):
+            raise UsageError(
+                f"{name}: got scale_mode 'update' with last bits of weights (precision bf16+8), which are those of "
+                "whole updates; give 'grad' or 'none'"
+            )
         if compact and any(slot.given for slot in group.rule.slots):
             raise UsageError(
                 f"{name}: masks of coordinates are for plain rules, got {group.rule.name} under another wrapper; mask "

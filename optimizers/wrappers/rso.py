@@ -222,6 +222,11 @@ def rso(
                 f"{name}: rso needs a matrix (out, in) with 1 <= rank <= in, got rank {rank} and shape "
                 f"{tuple(w.shape)}; lower the rank or leave this name out"
             )
+        if group.rule.names(Kind.BITS):
+            raise UsageError(
+                f"{name}: rso moves a B, and last bits (precision bf16+8) are of weights; train it in bf16-sr, or "
+                "leave this name out"
+            )
         if any(slot.name == "P" for slot in group.rule.slots):
             raise UsageError(f"{name}: is moved in a random subspace already; leave this name out of the second one")
         if moments == "transform" and group.rule.refresh:
