@@ -37,11 +37,21 @@ class EpochConfig(TrainConfig):
 
 
 def counted_in_steps(given: Mapping[str, str], counts: Sequence[tuple[str, str]] = COUNTS) -> dict[str, Any]:
-    """The fields in epochs that count for nothing, as the flags `given` say steps. Raises UsageError for both."""
+    """The fields in epochs that count for nothing, as the flags `given` say steps. Raises UsageError for both, and for
+    no epochs: 0 in the field means that steps are counted, which nobody asks for by typing it."""
     for epochs, steps in counts:
         if {f"--{epochs}", f"--{steps}"} <= given.keys():
             raise UsageError(f"--{epochs} and --{steps} say the same; give one of them")
+        if _is_zero(given.get(f"--{epochs}", "")):
+            raise UsageError(f"--{epochs}: got 0, expected a number above 0; --{steps} counts in steps")
     return {epochs.replace("-", "_"): 0.0 for epochs, steps in counts if f"--{steps}" in given}
+
+
+def _is_zero(word: str) -> bool:
+    try:
+        return float(word) == 0
+    except ValueError:  # the parser says what is wrong with it
+        return False
 
 
 def commands(presets: Mapping[str, tuple[str, Any]], args: Sequence[str] | None) -> Mapping[str, tuple[str, Any]]:

@@ -50,7 +50,8 @@ class VisionConfig(EpochConfig):
     channels: int = 0
     """The channels that images must have; 0: whatever they have, and 3 for a plan."""
     resize: int = 0
-    """Of folders of image files: read the largest square in the middle, in so many rows and columns."""
+    """Of folders of image files: read the largest square in the middle, in so many rows and columns; 0: the images as
+    they are, which must then be of one size."""
     image_size: int = 0
     """Rows and columns that the model sees; 0: those of the data or of the model of --init, and 32 for a plan."""
     augment: Augment = "crop-flip"
