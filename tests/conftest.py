@@ -75,3 +75,13 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+@pytest.fixture(params=["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What torch.compile compiles with: inductor in the slow tests. The fast ones trace, differentiate, decompose and
+    partition as for inductor, and run the graphs as they are, as its C++ is most of what a compiled test costs."""
+    import torch
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
+    return str(request.param)

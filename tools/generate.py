@@ -29,7 +29,6 @@ from engine.checkpoint import (
     WEIGHTS,
     CheckpointError,
     Latest,
-    latest,
     load,
     restore_into,
 )
@@ -44,6 +43,7 @@ from optimizers.wrappers.rso import merge
 
 from . import chat
 from .chat import Settings
+from .source import newest
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ class Generate:
 
 
 def find(run: Path, step: int | None) -> Latest:
-    """The checkpoint folder that RUN and --checkpoint mean; damaged ones that are passed over are named on stderr."""
+    """The checkpoint folder that RUN and --checkpoint mean; damaged ones that are passed over are named on stderr.
+
+    Raises ValueError where there is none, CheckpointError where none is whole.
+    """
     if step is not None:
         folder = run / f"step-{step:08d}"
         if not folder.is_dir():
@@ -89,12 +92,7 @@ def find(run: Path, step: int | None) -> Latest:
         return Latest(folder, [])
     if (run / MODEL).is_file() or published(run):
         return Latest(run, [])
-    newest = latest(run)
-    for path, why in newest.damaged:
-        print(f"skipped {path.name}: {why}", file=sys.stderr)
-    if newest.path is None:
-        raise ValueError(f"RUN: got {str(run)!r}, expected a folder of whole step-* checkpoints, or one of them")
-    return newest
+    return newest(run, "RUN")
 
 
 def published(folder: Path) -> bool:

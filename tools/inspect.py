@@ -46,6 +46,7 @@ from optimizers.wrappers.choice import describe, owned_keys
 
 from .inspect_page import draw
 from .inspect_report import Report, plain, totals, write_plain, write_rich
+from .source import newest
 
 NOBODY = RuleRecord("frozen", "frozen")  # who owns what no rule moves
 
@@ -68,23 +69,18 @@ class Inspect:
     """Only parameters whose name this regular expression finds."""
 
 
-def opened(path: Path) -> Reader:
+def opened(path: Path, what: str = "PATH") -> Reader:
     """The checkpoint that is meant; damaged ones that are passed over are named on stderr."""
-    if os.path.exists(path / checkpoint.TRAINER) or checkpoint.STEP.fullmatch(path.name):
+    if os.path.exists(path / checkpoint.TRAINER) or (checkpoint.STEP.fullmatch(path.name) and path.is_dir()):
         return checkpoint.read(path)
-    found = checkpoint.latest(path)
-    for folder, why in found.damaged:
-        print(f"skipped {folder.name}: {why}", file=sys.stderr)
-    if (reader := found.reader()) is not None:
-        return reader
-    if found.damaged:
-        raise CheckpointError(f"{path}: none of its {len(found.damaged)} checkpoints is whole")
-    raise UsageError(f"PATH: got {str(path)!r}, expected a folder of step-* checkpoints, or one of them")
+    found = newest(path, what).reader()
+    assert found is not None
+    return found
 
 
 def inspect(path: Path, compare: Path | None = None, match: str = "") -> Report:
     """Look at every parameter that matches. Raises CheckpointError, UsageError."""
-    reader, older = opened(path), opened(compare) if compare else None
+    reader, older = opened(path), opened(compare, "--compare") if compare else None
     if older is not None and older.step > reader.step:
         reader, older = older, reader
     looks = list(_looks(reader, older, matching(reader.params.names, match)))

@@ -17,11 +17,11 @@ from pathlib import Path
 import tyro
 
 from engine import checkpoint
-from engine.checkpoint import CheckpointError
 from engine.checkpoint.form import steps
-from engine.loop.folder import newest
 from engine.terminal.flags import ask
 from optimizers.contract import UsageError
+
+from .source import newest
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ def swap(config: Swap) -> None:
         raise UsageError(f"{config.out} holds a run already; give another folder")
     target = parsed(words(config.to, "--to"), "--to")
     alone = os.path.exists(config.source / checkpoint.TRAINER)
-    saved = checkpoint.read(config.source) if alone else newest(config.source)
-    if saved is None:
-        raise CheckpointError(f"{config.source}: no whole checkpoint in it; give a run or a step folder")
+    saved = checkpoint.read(config.source) if alone else newest(config.source, "SOURCE").reader()
+    assert saved is not None
     was = replace(trained_by(saved), compile="off")
     train(converting(target, was, saved.path, config.out, "only"), saved)
 

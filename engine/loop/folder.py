@@ -70,16 +70,19 @@ def place(
 
 
 def _asked(path: Path, say: Callable[[str], None]) -> Reader:
-    """The checkpoint that --resume names: a step folder, or the newest in a run's. Raises UsageError."""
+    """The checkpoint that --resume names: a step folder, or the newest in a run's. Raises UsageError where there is
+    none, CheckpointError where none is whole."""
     if os.path.exists(path / checkpoint.TRAINER):
         return checkpoint.read(path)
     if (found := newest(path, say)) is not None:
         return found
+    if damaged := steps(path):
+        raise checkpoint.CheckpointError(f"--resume: none of the {len(damaged)} checkpoints in {path} is whole")
     if not path.exists():
         there = ", ".join(step.name for step in steps(path.parent)) if path.parent.name else ""
         what = f"{path} is not there" + (f"; {path.parent} has {there}" if there else "")
     else:
-        what = f"no whole checkpoint in {path}"
+        what = f"no checkpoint in {path}"
     raise UsageError(f"--resume: {what}; give never, auto, a run or a step folder")
 
 

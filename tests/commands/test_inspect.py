@@ -523,7 +523,9 @@ def test_checkpoints_that_cannot_be_used(run, capsys, tmp_path):
     (copy / "step-00000012" / "model.safetensors").unlink()
     assert "missing" in refused(capsys, 5, copy / "step-00000012")
     assert "none of its 2 checkpoints is whole" in refused(capsys, 5, copy)
-    assert "missing" in refused(capsys, 5, copy / "step-00000099")
+    for gone in (copy / "step-00000099", tmp_path / "nowhere"):
+        assert "which is not there" in refused(capsys, 2, gone)
+        assert "--compare: got" in refused(capsys, 2, run, "--compare", gone)
     other = checkpoint.save(tmp_path / "other", 1, {"w": torch.zeros(2)}, {}, {}, {})
     assert "compare checkpoints of the same model" in refused(capsys, 5, run, "--compare", other)
     stray = checkpoint.save(tmp_path / "stray", 1, {"w": torch.zeros(2)}, {"v": {}}, {}, {})

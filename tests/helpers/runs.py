@@ -6,8 +6,10 @@ import os
 import random
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +100,37 @@ def finish(process: subprocess.Popen[str]) -> Done:
     finally:
         process.kill()
     return Done(process.returncode, out, err)
+
+
+def killed(folder: Path, line: str, behind: str) -> None:
+    """`python -m recipes.<line>` in `folder`, killed with SIGKILL as soon as the checkpoint `behind` is there."""
+    process = start(folder, line)
+    until = time.monotonic() + 240
+    while not (folder / behind).exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    done = finish(process)
+    assert done.code == -signal.SIGKILL and (folder / behind).exists(), done
+
+
+def interrupted(folder: Path, line: str, step: int) -> None:
+    """The same run in this process, which Ctrl-C ends in the step after `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        done = here(folder, line)
+    assert done.code == 130, done
+
+
+def cell_here(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """What stands for `subprocess.run` where a comparison's cells run in this process."""
+
+    def inside(process: list[str], stdout: io.TextIOBase, **options: object) -> subprocess.CompletedProcess[str]:
+        assert process[:2] == [sys.executable, "-m"] and process[2].startswith("recipes.")
+        done = here(folder, shlex.join([process[2].removeprefix("recipes."), *process[3:]]))
+        stdout.write(done.out + done.err)
+        return subprocess.CompletedProcess(process, done.code)
+
+    return inside
 
 
 def refused(done: Done, code: int) -> str:

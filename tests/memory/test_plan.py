@@ -105,18 +105,15 @@ def test_what_costs_memory_is_seen(options):
 
 
 @pytest.mark.compiles
+@slow  # of a module that compiles in seconds it is fast: below
 @pytest.mark.parametrize(
     ("method", "recompute", "shape"),
     [
-        ("adamw", True, "weights"),
-        *(
-            pytest.param(method, recompute, shape, marks=slow)
-            for method in METHODS
-            for recompute in (False, True)
-            for shape in SIZES
-            if (method, recompute, shape) != ("adamw", True, "weights")
-            and (shape == "weights" or method in ("adamw", "omgd", "rso"))  # a rule changes no activation
-        ),
+        (method, recompute, shape)
+        for method in METHODS
+        for recompute in (False, True)
+        for shape in SIZES
+        if shape == "weights" or method in ("adamw", "omgd", "rso")  # a rule changes no activation
     ],
 )
 def test_compiled_the_prediction_is_within_five_percent(method, recompute, shape):
@@ -148,7 +145,8 @@ def test_compiled_with_other_settings_too(options):
     assert got == pytest.approx(measured("adamw", model, config, 1), rel=0.05)
 
 
-def test_a_task_of_any_module_is_planned_with_batches_of_its_own():
+@pytest.mark.parametrize("mode", ["off", pytest.param("segments", marks=pytest.mark.compiles)])
+def test_a_task_of_any_module_is_planned_with_batches_of_its_own(mode):
     """The planner knows no field of a batch: a classifier's examples are counted as a language model's tokens are."""
 
     def made() -> Built:
@@ -158,15 +156,18 @@ def test_a_task_of_any_module_is_planned_with_batches_of_its_own():
         blank = lambda rows: {"x": torch.zeros(rows, 30), "y": torch.zeros(rows, dtype=torch.int64)}  # noqa: E731
         return Built(cut(model, loss), params, optimizer, blank)
 
-    config = RunConfig(micro_batch=64, compile="off")
+    config = RunConfig(micro_batch=64, compile=mode)
+    planned = plan(made, config, steps=(1,)).bytes
+    torch._dynamo.reset()
     real = made()
-    step = Step(real.segments, real.params, real.optimizer, real.optimizer.init(real.params), mode="off")
+    step = Step(real.segments, real.params, real.optimizer, real.optimizer.init(real.params), mode=mode)
     hypers = {"adamw": {name: torch.tensor(1e-3) for name in ("lr", "weight_decay")}}
     batch = real.batch(64)
-    step([batch], hypers, 0)
-    peak = counted_peak(lambda: step([batch], hypers, 1))
+    for i in (0, 1):
+        step([batch], hypers, i)
+    peak = counted_peak(lambda: step([batch], hypers, 2))
     held = sum(t.nbytes for t in (*real.params.values(), *batch.values())) + total_bytes(step.state)
-    assert plan(made, config, steps=(1,)).bytes == pytest.approx(held + peak, rel=0.02)
+    assert planned == pytest.approx(held + peak, rel=0.02 if mode == "off" else 0.05)
 
 
 @pytest.mark.run

@@ -175,8 +175,10 @@ def test_dropout_is_drawn_by_key(recompute: bool) -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(("kind", "head"), [every[0], every[5]], ids=["bert", "roberta, masked"])
-def test_compiled_is_as_uncompiled_and_blocks_share_a_graph(kind: str, head: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "head"), [pytest.param(*every[0], marks=pytest.mark.slow), every[5]], ids=["bert", "roberta, masked"]
+)
+def test_compiled_is_as_uncompiled_and_blocks_share_a_graph(kind: str, head: Any, backend: str) -> None:
     model = wide(config_of(kind, head))
     batch = batch_of(model.config)
     plain, ours = stepped(model, batch), stepped(model, batch, mode="segments")

@@ -179,7 +179,7 @@ def test_memory_comes_a_tensor_at_a_time(make: Any) -> None:
     "make",
     [pytest.param(own, id=name, marks=[] if name == "vit" else pytest.mark.slow) for name, own in MODELS.items()],
 )
-def test_compiled_is_as_uncompiled_and_equal_blocks_share_a_graph(make: Any) -> None:
+def test_compiled_is_as_uncompiled_and_equal_blocks_share_a_graph(make: Any, backend: str) -> None:
     batch = batch_of()
     expected, got = (stepped(make(), [batch], mode=mode) for mode in ("off", "segments"))
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)

@@ -68,7 +68,7 @@ def test_twelve_steps_with_a_resume_are_those_of_the_optimizer_behind_backward(n
 
 
 @pytest.mark.compiles
-def test_compiled_it_runs_the_kernels_that_it_runs_behind_backward():
+def test_compiled_it_runs_the_kernels_that_it_runs_behind_backward(backend):
     theirs, mine = toy(), toy()
     behind, opt = (
         facade(theirs, "snsm", compile=True),

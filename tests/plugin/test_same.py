@@ -54,7 +54,7 @@ def test_twelve_steps_with_two_resumes_are_those_of_the_engine(name, dtype):
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", few(["sumo", "adamw"], "sumo"))
-def test_compiled_it_is_the_same_kernel_and_a_schedule_compiles_nothing_anew(name):
+def test_compiled_it_is_the_same_kernel_and_a_schedule_compiles_nothing_anew(name, backend):
     theirs, mine = toy(), toy()
     plain, fast = facade(theirs, name), facade(mine, name, compile=True)
     graphs = []

@@ -6,11 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.grids import few
 from helpers.runs import ONE_THREAD, ROOT, TINY, corpus, newest
 
 pytestmark = pytest.mark.run
@@ -69,16 +69,35 @@ TRAINED = {  # a run of each recipe, and what its own flags are made for a tiny 
     "omgd": "omgd pretrain --active 1 --period 2step",
     "rso": "rso demo --rank 4 --period 4",
 }
+FEW = ("baseline", "rso")  # of the runs; with the others the test is slow
 LION = "--optimizer lion --mane 9 --lr 1e-3"
 STEPS = f"{TINY} --steps 6 --eval-every 6"
-LINES = [  # "out": a command of the copied code, as it is typed after python -m
+COMPARED = {  # the table of a comparison, and its methods
+    "one": "'lion inside @ 1e-3 = rso demo --rank 4 --inner lion'",
+    "two": "'lion @ 1e-3 = baseline --optimizer lion' 'lion inside @ 1e-3 = rso demo --rank 4 --inner lion'",
+}
+
+
+def training(*names: str) -> list[tuple[str, str]]:
+    """The commands of these runs, and of the same from their third step on."""
+    line = f"{STEPS} {LION}"
+    return [
+        *((name, f"recipes.{TRAINED[name]} {line} --save-every 3 --out {name}") for name in names),
+        *(
+            (f"{name}, resumed", f"recipes.{TRAINED[name]} {line} --resume {name}/step-00000003 --out {name}-again")
+            for name in names
+        ),
+    ]
+
+
+def comparing(name: str) -> tuple[str, str]:
+    return f"compare {name}", f"recipes.compare {name} --methods {COMPARED[name]} -- {STEPS}"
+
+
+LINES = [  # its name, and a command of the copied code as it is typed after python -m
     *((f"help {recipe}", f"recipes.{recipe} --optimizer lion --help") for recipe in RECIPES),
     *((f"list {recipe}", f"recipes.{recipe} --help") for recipe in RECIPES),
-    *((name, f"recipes.{line} {STEPS} {LION} --save-every 3 --out {name}") for name, line in TRAINED.items()),
-    *(
-        (f"{name}, resumed", f"recipes.{line} {STEPS} {LION} --resume {name}/step-00000003 --out {name}-again")
-        for name, line in TRAINED.items()
-    ),
+    *training(*FEW),
     ("plan", f"tools.plan baseline {STEPS} --optimizer lion --json"),
     ("plan of adamw", f"tools.plan baseline {STEPS} --optimizer adamw --rest-lr 1e-3 --json"),
     ("inspect", "tools.inspect baseline --json"),
@@ -90,19 +109,16 @@ LINES = [  # "out": a command of the copied code, as it is typed after python -m
         f"recipes.baseline {STEPS} --steps 8 {LION} --resume from-lion --swap convert --out swapped",
     ),
     ("swap at", f"recipes.baseline {STEPS} --out at --swap-at 3 'rso demo --rank 4 --optimizer lion --lr 1e-3'"),
-    (
-        "compare",
-        "recipes.compare compared --methods 'lion @ 1e-3 = baseline --optimizer lion' "
-        f"'lion inside @ 1e-3 = rso demo --rank 4 --inner lion' -- {STEPS}",
-    ),
+    comparing("one"),
     ("docs", "tests.rule_table"),
 ]
+SLOW = [*training(*(name for name in TRAINED if name not in FEW)), comparing("two")]
 
 DRIVER = """
 import contextlib, io, json, runpy, shlex, sys, traceback
 import torch
 torch.set_num_threads(1)
-done = {}
+done, file = {}, sys.argv[2]
 for name, line in json.loads(sys.argv[1]):
     out, code = io.StringIO(), 0
     sys.argv = shlex.split(line)
@@ -116,7 +132,7 @@ for name, line in json.loads(sys.argv[1]):
         out.write(traceback.format_exc())
     done[name] = [code, out.getvalue()]
 from pathlib import Path
-Path("done.json").write_text(json.dumps(done))
+Path(file).write_text(json.dumps(done))
 """
 
 
@@ -137,12 +153,10 @@ def code(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def run(code, tmp_path_factory) -> Path:
-    """The folder in which all the commands ran, one after another in one process."""
-    folder = corpus(tmp_path_factory.mktemp("ran"))
+def driven(folder: Path, code: Path, lines: list[tuple[str, str]], file: str) -> Path:
+    """The folder in which these commands ran, one after another in one process, and the file of what they said."""
     ran = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(LINES)],
+        [sys.executable, "-c", DRIVER, json.dumps(lines), file],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(code), "COLUMNS": "300", **ONE_THREAD},
         capture_output=True,
@@ -151,15 +165,29 @@ def run(code, tmp_path_factory) -> Path:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    return folder
+    return folder / file
+
+
+@pytest.fixture(scope="module")
+def run(code, tmp_path_factory) -> Path:
+    """The folder in which the commands ran."""
+    return driven(corpus(tmp_path_factory.mktemp("ran")), code, LINES, "done.json").parent
+
+
+@pytest.fixture(scope="module")
+def more(code, run) -> Path:
+    """What the slow commands said, in the same folder."""
+    return driven(run, code, SLOW, "more.json")
 
 
 @pytest.fixture
-def said(run) -> Iterator[Any]:
+def said(run, request) -> Callable[[str], str]:
     """What a command said, given that it succeeded."""
     done = json.loads((run / "done.json").read_text())
 
     def of(name: str) -> str:
+        if name not in done:
+            done.update(json.loads(request.getfixturevalue("more").read_text()))
         exit_code, text = done[name]
         assert exit_code == 0, f"{name}: {exit_code}\n{text[-3000:]}"
         assert "Traceback" not in text
@@ -188,7 +216,7 @@ def test_help_of_every_recipe_names_it_and_explains_its_options(recipe, said):
     assert "--mane" not in said(f"list {recipe}")
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", few(TRAINED, *FEW))
 def test_every_recipe_trains_with_it_and_resumes_to_the_bit(name, run, said):
     assert "lion" in said(name), "the receipt says who trains what"
     assert "resuming" in said(f"{name}, resumed")
@@ -233,10 +261,12 @@ def test_runs_are_swapped_from_it_and_to_it(run, said):
         assert saved.step == end and any("pride" in slots for slots in saved.state.values())
 
 
-def test_it_is_compared_as_a_method(run, said):
-    assert "lion inside" in said("compare")
-    table = (run / "compared" / "table.md").read_text()
-    assert re.search(r"^\| lion \| 0.001 \|", table, re.M) and re.search(r"^\| lion inside \|", table, re.M)
+@pytest.mark.parametrize("name", few(COMPARED, "one"))
+def test_it_is_compared_as_a_method(run, said, name):
+    assert "lion inside" in said(f"compare {name}")
+    table = (run / name / "table.md").read_text()
+    assert re.search(r"^\| lion inside \| 0.001 \|", table, re.M)
+    assert name == "one" or re.search(r"^\| lion \| 0.001 \|", table, re.M)
 
 
 def test_the_table_of_the_docs_has_it(code, said):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.grids import few
-from helpers.runs import Done, here, refused, tool
+from helpers.runs import Done, cell_here, here, refused, tool
 from rich.console import Console
 
 from optimizers.contract import UsageError
@@ -54,14 +54,7 @@ def real(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """A comparison in this process, its cells too, which are else processes of their own."""
-
-    def inside(process, stdout, **options) -> subprocess.CompletedProcess[str]:
-        assert process[:2] == [sys.executable, "-m"] and process[2].startswith("recipes.")
-        done = here(tmp_path, shlex.join([process[2].removeprefix("recipes."), *process[3:]]))
-        stdout.write(done.out + done.err)
-        return subprocess.CompletedProcess(process, done.code)
-
-    monkeypatch.setattr(subprocess, "run", inside)
+    monkeypatch.setattr(subprocess, "run", cell_here(tmp_path))
     return lambda *words: here(tmp_path, shlex.join(["compare", *line(*words)]), ends=True)
 
 
@@ -155,11 +148,15 @@ def test_any_metric_is_compared_in_its_direction() -> None:
 
 
 @pytest.mark.run
-def test_a_run_s_own_metric_is_read_from_its_metrics(tmp_path: Path, corpus: Path) -> None:
-    """In processes, as users run it."""
-    out = tmp_path / "compare"
-    done = real(out, corpus, ["adamw @ 1e-3 = baseline"], "--metric", "eval/perplexity")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("apart", few([False, True], False), ids=["in one process", "in processes, as users run it"])
+def test_a_run_s_own_metric_is_read_from_its_metrics(tmp_path: Path, corpus: Path, request, apart: bool) -> None:
+    out, words = tmp_path / "compare", (["adamw @ 1e-3 = baseline"], "--metric", "eval/perplexity")
+    if apart:
+        done = real(out, corpus, *words)
+        assert done.returncode == 0, done.stderr
+    else:
+        done = request.getfixturevalue("run")(out, corpus, *words)
+        assert done.code == 0, done.err
     (one,) = json.loads((out / "cells.json").read_text()).values()
     assert one["curves"]["eval/perplexity"][-1][1] == pytest.approx(math.exp(one["loss"]))
     assert one["curve"][-1] == [4, one["loss"]], "the last evaluation is the result"

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from helpers.chats import GENERATION, turns
 from helpers.finetuning import FLAGS, folder, rows, write
 from helpers.grids import few
-from helpers.runs import assert_identical, column, finish, here, refused, start, tool
+from helpers.runs import assert_identical, column, here, interrupted, killed, refused, tool
 from rich.console import Console
 
 from engine.data.chat.packing import IGNORED
@@ -70,16 +68,15 @@ def test_about_two_in_a_hundred_are_held_out_unless_it_is_said(tmp_path: Path) -
 
 
 @pytest.mark.run
-def test_a_killed_run_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", few(["interrupted", "killed"], "interrupted"))
+def test_a_run_that_was_cut_off_ends_as_one_that_was_left_alone(tmp_path: Path, end: str) -> None:
     folder(tmp_path)
     line = FLAGS + "--eval-every 50 --save-every 2 --schedule constant --warmup 0 --general general.txt "
     line += "--optimizer omgd --active 1 --period 3step "
-    process = start(tmp_path, f"{line} --out parts --steps 4000")
-    until = time.monotonic() + 200
-    while not (tmp_path / "parts/step-00000004").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert finish(process).code == -signal.SIGKILL
+    if end == "killed":
+        killed(tmp_path, f"{line} --out parts --steps 4000", "parts/step-00000004")
+    else:
+        interrupted(tmp_path, f"{line} --out parts --steps 4000", 4)
     last = max(int(path.name[5:]) for path in (tmp_path / "parts").glob("step-*")) + 5
     for flags in ("--out parts --resume auto", "--out whole"):
         done = here(tmp_path, f"{line} {flags} --steps {last}")
@@ -197,6 +194,7 @@ def test_a_plan_knows_the_fields_of_a_batch(tmp_path: Path, monkeypatch: pytest.
 BAD = {
     "finetune --data chats.jsonl": "MODEL: got none; give the folder of a model",
     "finetune nowhere --data chats.jsonl": "MODEL nowhere: is no folder",
+    "finetune model --data chats.jsonl --epochs 0": "--epochs: got 0, expected a number above 0; --steps counts",
     "finetune model --data chats.jsonl --steps 3 --epochs 2": "--epochs and --steps say the same; give one of them",
     "finetune model --data chats.jsonl --preset x": "--preset: got 'x', expected one of none, sumo-gsm8k, sumo-mawps",
     "finetune model --data chats.jsonl --optimizer omgd+sum": "'omgd+sum', expected one of adamw, ",

@@ -19,7 +19,7 @@ LINE = FLAGS + "--sequence 64 --steps 10 --no-eval-first --eval-every 50 --warmu
 @pytest.mark.compiles
 @pytest.mark.run
 def test_compiled_losses_are_those_uncompiled_and_nothing_is_compiled_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     chats = [{"messages": turns(f"{i}", "so " * (1 + i % 7))} for i in range(60)]
     write(folder(tmp_path, template=INST) / "chats.jsonl", chats)

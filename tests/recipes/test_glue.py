@@ -1,14 +1,13 @@
 """Encoders on labelled texts: every recipe that fine-tunes one, from a folder and GLUE's files to a checkpoint."""
 
-import os
-import signal
-import time
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.glue import folder, model
-from helpers.runs import ROOT, assert_identical, column, finish, here, newest, refused, start, tool
+from helpers.grids import covering, few
+from helpers.runs import assert_identical, cell_here, column, here, interrupted, killed, newest, refused, tool
 
 from models import encoder_weights
 from optimizers.contract import UsageError
@@ -18,7 +17,7 @@ from recipes.registry import config_class, from_plain, parsed
 
 SMALL = "--compile off --no-check-memory --sequence 20 --micro-batch 4 --log-every 1 --init model --data glue "
 RECIPES = ("baseline glue", "omgd glue --active 1", "sumo glue", "rso glue --period 3")
-each = pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.partition(" ")[0] for recipe in RECIPES])
+each = pytest.mark.parametrize("recipe", few(RECIPES, RECIPES[1], RECIPES[3]))
 
 
 def asked(line: str) -> Any:
@@ -62,32 +61,23 @@ def test_tasks_have_their_own_metrics(made: Path, task: str, metrics: list[str])
 
 
 @pytest.mark.run
-@pytest.mark.slow
-@each
-def test_a_killed_run_ends_as_one_that_was_left_alone(tmp_path: Path, recipe: str) -> None:
-    _killed(tmp_path, recipe)
-
-
-@pytest.mark.run
-def test_a_killed_run_of_masks_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    _killed(tmp_path, RECIPES[1])
-
-
-def _killed(at: Path, recipe: str) -> None:
-    """Dropout, masks, subspaces and the order of the data go on where a kill -9 cut them off."""
-    folder(at)
+@pytest.mark.parametrize(
+    ("end", "recipe"),
+    [("interrupted", RECIPES[1]), *(pytest.param("killed", recipe, marks=pytest.mark.slow) for recipe in RECIPES)],
+)
+def test_a_run_that_was_cut_off_ends_as_one_that_was_left_alone(tmp_path: Path, end: str, recipe: str) -> None:
+    """Dropout, masks, subspaces and the order of the data go on where they were, after Ctrl-C and after kill -9."""
+    folder(tmp_path)
     line = f"{recipe} --task rte {SMALL} --eval-every 50 --save-every 2 --schedule constant --warmup 0 "
-    process = start(at, f"{line} --out parts --steps 4000")
-    until = time.monotonic() + 200
-    while not (at / "parts/step-00000004").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert finish(process).code == -signal.SIGKILL
-    last = max(int(path.name[5:]) for path in (at / "parts").glob("step-*")) + 5
+    if end == "killed":
+        killed(tmp_path, f"{line} --out parts --steps 4000", "parts/step-00000004")
+    else:
+        interrupted(tmp_path, f"{line} --out parts --steps 4000", 4)
+    last = max(int(path.name[5:]) for path in (tmp_path / "parts").glob("step-*")) + 5
     for flags in ("--out parts --resume auto", "--out whole"):
-        done = here(at, f"{line} {flags} --steps {last}")
+        done = here(tmp_path, f"{line} {flags} --steps {last}")
         assert done.code == 0, done
-    assert_identical(at / "parts", at / "whole", unit="examples")
+    assert_identical(tmp_path / "parts", tmp_path / "whole", unit="examples")
 
 
 def test_a_task_of_ones_own_takes_its_labels_from_its_file(tmp_path: Path) -> None:
@@ -117,6 +107,8 @@ REFUSED = {
     "--init model --data glue --sequence 65": ["--sequence", "got 65", "at most 64"],
     "--init model --data glue --sequence 3": ["--sequence", "got 3", "special tokens"],
     "--init model --data glue --epochs 1 --steps 3": ["--epochs and --steps"],
+    "--init model --data glue --epochs 0": ["--epochs: got 0", "--steps"],
+    "--init model --data glue --eval-epochs=0.0": ["--eval-epochs: got 0", "--eval-every"],
     "--init model --data glue --task wnli --preset paper": ["--preset paper", "no task wnli"],
     "--init model --data glue --task custom": ["--text-fields", "custom"],
     "--init three --data glue": ["classifier.weight", "[3, 32]", "[2, 32]"],
@@ -180,8 +172,7 @@ def test_papers_settings(made: Path) -> None:
 
 
 @pytest.mark.run
-@each
-@pytest.mark.parametrize("name", ["adamw", "muon", "galore", "snsm", "sumo", "sgd"])
+@pytest.mark.parametrize(("recipe", "name"), covering(RECIPES, ["adamw", "muon", "galore", "snsm", "sumo", "sgd"]))
 def test_any_rule_can_stand_in(made: Path, recipe: str, name: str) -> None:
     config = asked(f"{recipe} --init {made / 'model'} --data {made / 'glue'} --optimizer {name} --sequence 20")
     run = build(config, 0, 10)
@@ -214,7 +205,7 @@ def test_a_plan_counts_a_compiled_step_with_dropout(made: Path) -> None:
 
 @pytest.mark.run
 def test_metrics_are_compared(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(subprocess, "run", cell_here(made))
     methods = '"AdamW @ 1e-3,1e-2 = baseline glue" "LISA @ 1e-2 = baseline glue --optimizer lisa --active 1"'
     run = f"{SMALL} --task rte --steps 4 --eval-every 2".replace("model", str(made / "model")).replace(
         "--data glue", f"--data {made / 'glue'}"

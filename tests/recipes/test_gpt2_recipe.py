@@ -1,12 +1,11 @@
 """GPT-2 by the recipes: settings of the paper, a run that is killed, and what reads its checkpoint."""
 
 import json
-import signal
 import sys
-import time
 
 import pytest
-from helpers.runs import TINY, assert_identical, corpus, finish, here, newest, refused, start, tool
+from helpers.grids import few
+from helpers.runs import TINY, assert_identical, corpus, here, interrupted, killed, newest, refused, tool
 
 from models import weights
 from models.gpt2 import Gpt2
@@ -52,18 +51,18 @@ def test_the_default_ends_with_whole_cycles_and_its_config_comes_back() -> None:
 
 @pytest.mark.run
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_run_that_is_killed_goes_on_to_the_bit_and_is_read_by_the_tools(tmp_path) -> None:
+@pytest.mark.parametrize("end", few(["interrupted", "killed"], "interrupted"))
+def test_a_run_that_was_cut_off_goes_on_to_the_bit_and_is_read_by_the_tools(tmp_path, end: str) -> None:
     corpus(tmp_path)
-    process = start(tmp_path, f"{RUN} --save-every 5 --out killed")
-    end = time.monotonic() + 120
-    while not (tmp_path / "killed" / "step-00000010").is_dir() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-    for name, more in (("killed", " --resume auto"), ("straight", "")):
-        done = here(tmp_path, f"{RUN} --save-every 5 --out {name}{more}")
+    line = f"{RUN} --save-every 5"
+    if end == "killed":
+        killed(tmp_path, f"{line} --out parts", "parts/step-00000010")
+    else:
+        interrupted(tmp_path, f"{line} --out parts", 11)
+    for name, more in (("parts", " --resume auto"), ("straight", "")):
+        done = here(tmp_path, f"{line} --out {name}{more}")
         assert done.code == 0, done.err
-    assert_identical(tmp_path / "killed", tmp_path / "straight")
+    assert_identical(tmp_path / "parts", tmp_path / "straight")
     saved = newest(tmp_path / "straight")
     assert isinstance(weights.parsed(saved.model_config), Gpt2Config)
 

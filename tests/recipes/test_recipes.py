@@ -1,6 +1,7 @@
 """Recipes from the outside: what a run prints and leaves behind, and what it says when it cannot run."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -14,10 +15,21 @@ BASELINES = ("adamw", "sgd", "muon", "galore --rank 4 --update-proj-gap 7")
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("optimizer", few(BASELINES, BASELINES[0], BASELINES[3]))
-def test_a_run_prints_who_trains_what_and_leaves_its_files(tmp_path, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "apart"),
+    [
+        (BASELINES[0], False),
+        (BASELINES[3], False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((BASELINES[0], True), *product(BASELINES[1:3], [False]))
+        ),
+    ],
+)
+def test_a_run_prints_who_trains_what_and_leaves_its_files(tmp_path, optimizer, apart):
+    """In this process, or `apart` in one of its own, as users run it."""
     flags = f"--optimizer {optimizer} --out run --save-every 8 --eval-every 10"
-    if optimizer == "adamw":
+    if apart:
         done = finish(start(corpus(tmp_path), f"baseline {TINY} {flags}"))
     else:
         done = here(corpus(tmp_path), f"baseline {TINY} {flags}", ends=True)

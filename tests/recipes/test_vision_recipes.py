@@ -1,11 +1,11 @@
 """ViTs and ResNets on images, of every recipe that has them, on a set made here: whole runs, resumed ones, one line."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
-from helpers.runs import assert_identical, column, finish, here, newest, refused, start
+from helpers.grids import few
+from helpers.runs import assert_identical, column, finish, here, killed, newest, refused, start
 from helpers.vision import idx
 
 from models.vit_weights import load
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", few(RUNS, "omgd resnet", "snsm vit"))
 def test_a_run_learns_and_says_how_well(folder: Path, name: str) -> None:
     done = here(folder, f"{RUNS[name]} --out run", ends=True)
     assert done.code == 0, done.err
@@ -53,7 +53,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", few(RESUMED, "resnet, tensors", "vit, layers"))
 def test_a_resumed_run_ends_as_one_without_a_break(folder: Path, name: str) -> None:
     """In the middle of an epoch and of a mask: weights, state, running statistics, order and crops of the images."""
     line = f"{RESUMED[name]} {SMALL} --epochs 3 --save-every 8 --keep-every 8"
@@ -73,15 +73,12 @@ def test_a_resumed_run_ends_as_one_without_a_break(folder: Path, name: str) -> N
     assert again.trainer["position"] == 18 * 16 and again.trainer["images"] == whole.trainer["images"]
 
 
+@pytest.mark.slow  # to resume in the same process is fast: above
 def test_a_killed_run_goes_on_to_the_same_end(folder: Path) -> None:
     """As users run it, in processes, with kill -9 behind a checkpoint."""
     line = f"omgd resnet {SMALL} --epochs 20 --save-every 10 --keep-last 20"
-    whole, process = (start(folder, f"{line} --out {out}") for out in ("whole", "killed"))
-    until = time.monotonic() + 240
-    while not (folder / "killed" / "step-00000020").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    whole = start(folder, f"{line} --out whole")
+    killed(folder, f"{line} --out killed", "killed/step-00000020")
     assert finish(whole).code == 0
     assert 20 <= newest(folder / "killed").step < 120
     done = finish(start(folder, f"{line} --out killed --resume auto"))
@@ -98,6 +95,7 @@ LINES = {
     "snsm vit --data set --train-images 97": "--train-images: got 97, and set has 96",
     "omgd resnet --data set --padding 2 --augment flip": "--padding: changes nothing with --augment flip",
     "omgd resnet --data set --epochs 2 --steps 9": "--epochs and --steps say the same",
+    "snsm vit --data set --epochs 0": "--epochs: got 0, expected a number above 0; --steps counts in steps",
     "omgd resnet --data set --milestones 0.5": "milestones: got [0.5] with the schedule 'cosine'; it has none",
     "snsm vit --data set --preset imagenet": "--preset imagenet: SNSM's authors have a ViT on cifar10 and cifar100",
     "baseline resnet --data set --optimizer muon --model resnet50": "invalid choice",

@@ -33,7 +33,8 @@ EVERYWHERE = {
     "in the background": "snsm demo --rank 4 --update-proj-gap 4 --moments rotate --precision bf16-sr --save-async on",
 }
 
-SLOW = ("bases in turn, two micro-batches", "a subspace at each turn", "all bases at once")
+FAST = ("a mask at each turn", "in the background")  # from a few of their steps; from every one of them it is slow
+FEW = (3, 4, 6)  # before a refresh of the bases, after one, and at a turn in the second epoch
 
 
 def run_in(folder: Path, flags: str) -> str:
@@ -45,16 +46,20 @@ def run_in(folder: Path, flags: str) -> str:
 
 @pytest.mark.run
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in EVERYWHERE]
+    ("case", "resumed"),
+    [
+        *((case, FEW) for case in FAST),
+        *(pytest.param(case, range(1, STEPS), marks=pytest.mark.slow) for case in EVERYWHERE),
+    ],
 )
-def test_a_run_goes_on_from_every_step(tmp_path, case):
+def test_a_run_goes_on_from_every_step(tmp_path, case, resumed):
     line = f"{EVERYWHERE[case]} {SHORT}"
     (corpus(tmp_path, TEXT) / "held.txt").write_text("the basis of a step " * 10)
     line += " --validation held.txt"
     said = run_in(tmp_path, f"{line} --out straight")
     epochs = float(said.split(" epochs")[0].split()[-1])
     assert epochs > 1, "no epoch ends within the run"
-    for step in range(1, STEPS):
+    for step in resumed:
         part = tmp_path / f"part-{step}"
         part.mkdir()
         shutil.copytree(tmp_path / "straight" / f"step-{step:08d}", part / f"step-{step:08d}")

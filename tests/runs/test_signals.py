@@ -10,7 +10,7 @@ import threading
 import pytest
 from helpers.runs import ONE_THREAD, ROOT, TINY, corpus, finish, here, newest, start, stop_at
 
-from engine.terminal import signals
+from engine.terminal import output, signals
 
 RUN = f"baseline {TINY} --steps 100000 --log-every 1 --save-every 100000 --eval-every 100000 --out run"
 
@@ -111,13 +111,23 @@ def test_before_the_training_a_signal_ends_the_process_with_one_line(tmp_path, m
     assert done.code == 143 and done.err.startswith("SIGTERM: ended"), done
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_an_output_that_takes_no_more_is_said_once(monkeypatch, capfd):
+    with open("/dev/full", "w", encoding="utf-8", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with output.lasting():
+            for step in range(3):
+                print("step", step)
+    said = capfd.readouterr().err
+    assert said.count("the output takes no more") == 1 and "No space left" in said
+
+
 @pytest.mark.run
-@pytest.mark.parametrize(
-    "output", ["full", *(pytest.param(how, marks=pytest.mark.slow) for how in ("reader that goes away", "closed"))]
-)
-def test_a_run_outlives_its_output(tmp_path, output):
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "reader that goes away", "closed"])
+def test_a_run_outlives_its_output(tmp_path, how):
     line = f"baseline {TINY} --log-every 1 --out run"
-    if output == "reader that goes away":
+    if how == "reader that goes away":
         process = start(corpus(tmp_path), line)
         assert process.stdout is not None
         process.stdout.readline()
@@ -126,7 +136,7 @@ def test_a_run_outlives_its_output(tmp_path, output):
         done = finish(process)
         code, err = done.code, done.err
     else:
-        redirect = {"closed": ">&-", "full": ">/dev/full"}[output]
+        redirect = {"closed": ">&-", "full": ">/dev/full"}[how]
         command = f"exec {sys.executable} -m recipes.{line} {redirect}"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **ONE_THREAD}
         ran = subprocess.run(
@@ -135,6 +145,6 @@ def test_a_run_outlives_its_output(tmp_path, output):
         code, err = ran.returncode, ran.stderr
     assert code == 0, err
     assert "Traceback" not in err and "Exception ignored" not in err, err
-    if output != "closed":
+    if how != "closed":
         assert err.count("the output takes no more") == 1, err
     assert newest(tmp_path / "run").step == 20

@@ -133,11 +133,13 @@ def test_the_tool_writes_a_checkpoint_that_the_recipe_resumes(trained, tmp_path)
     [
         (["run0", "new", "--to", "no_such"], 2, "'no_such', expected a recipe and its flags"),
         (["run0", "new", "--to", "../x"], 2, "expected a recipe and its flags"),
-        (["missing", "new", "--to", "baseline"], 5, "no whole checkpoint"),
+        (["missing", "new", "--to", "baseline"], 2, "SOURCE: got 'missing', which is not there"),
+        (["damaged", "new", "--to", "baseline"], 5, "damaged: none of its 1 checkpoints is whole"),
         (["run0", "new", "--to", "sumo demo --rank 400"], 2, "rank must lie in"),
     ],
 )
 def test_what_cannot_be_swapped_says_why(trained, line, code, message):
+    (trained / "damaged" / "step-00000001").mkdir(parents=True, exist_ok=True)
     done = swap(trained, line)
     assert done.code == code and message in done.err, done
     assert not (trained / "new").exists()

@@ -44,7 +44,7 @@ def gradients(mode: str, form: str, share: tuple = ()) -> dict[str, Tensor]:
         ),
     ],
 )
-def test_compiled_gradients_are_the_eager_ones(form, share):
+def test_compiled_gradients_are_the_eager_ones(form, share, backend):
     """Of the first layer and of the norms above all, which a compiler has lost before without a word."""
     expected, got = gradients("off", form, share), gradients("segments", form, share)
     for name, g in expected.items():
