@@ -81,6 +81,8 @@ class Rule:
     `product(slots)`, float32, is then what the model adds to p, if that is kept apart from it.
     `elementwise` says that an entry of p moves by its own entries of g and slots and by scalars alone, so that `update`
     may be given any part of the entries, flat. `draws` says that `update` rounds what it keeps by a seed in `hyper`.
+    `betas` are the decays of the slots of `clock`, where it has them: whoever moves several tensors may advance their
+    clocks at once, and gives `update` slots without them: see `clock.Clocks`.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Rule:
     product: Callable[[Slots], Tensor] | None = None
     elementwise: bool = False
     draws: bool = False
+    betas: tuple[float, float] | None = None
 
     def names(self, *kinds: Kind) -> tuple[str, ...]:
         """The slots of these kinds, in order."""

@@ -4,16 +4,31 @@ A pure update followed by `copy_` into the old buffers inside one compiled funct
 pure and memory stays flat. The kernel works on lists, not on names, so that all blocks of a model share it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .apply import Bound, move, rebuild
+from .clock import TICKED, Clock, advance, shared
 from .contract import Hyper, Rule, Slots
 from .random import Key, word
 
-Kernel = Callable[[Sequence[Tensor], Sequence[Slots], Sequence[Tensor], Sequence[Hyper], Tensor, Tensor | None], Tensor]
+
+class Kernel(Protocol):
+    """What `make_kernel` makes."""
+
+    def __call__(
+        self,
+        grads: Sequence[Tensor],
+        slots: Sequence[Slots],
+        params: Sequence[Tensor],
+        hypers: Sequence[Hyper],
+        bound: Tensor,
+        seed: Tensor | None,
+        clocks: Sequence[Clock] = (),
+    ) -> Tensor: ...
 
 
 def make_kernel(rules: Sequence[Rule], clip: Bound = "none", stochastic: bool = True) -> Kernel:
@@ -21,8 +36,10 @@ def make_kernel(rules: Sequence[Rule], clip: Bound = "none", stochastic: bool = 
 
     It moves `params` and `slots` in place, each by `move`, to which `clip` and the 0-d `bound` go. The norms are those
     before clipping. `seed` (len(rules),) int32, one a parameter, is for rules that draw, and where `stochastic` rounds
-    bfloat16 parameters; None rounds to nearest.
+    bfloat16 parameters; None rounds to nearest. With `clocks`, as
+    `Clocks` gives them, `slots` lack what is in them.
     """
+    together = shared(rules)
 
     def kernel(
         grads: Sequence[Tensor],
@@ -31,8 +48,14 @@ def make_kernel(rules: Sequence[Rule], clip: Bound = "none", stochastic: bool = 
         hypers: Sequence[Hyper],
         bound: Tensor,
         seed: Tensor | None,
+        clocks: Sequence[Clock] = (),
     ) -> Tensor:
-        squares = []
+        squares, slots = [], list(slots)
+        for places, clock in zip(together if clocks else (), clocks, strict=True):
+            betas = rules[places[0]].betas
+            assert betas is not None, rules[places[0]].name
+            for i, corrections in zip(places, advance(clock, betas), strict=True):
+                slots[i] = {**slots[i], TICKED: corrections}
         for i, (rule, g, old, p, hyper) in enumerate(zip(rules, grads, slots, params, hypers, strict=True)):
             own = None if seed is None else seed[i]
             moved, new, square = move(rule, g, old, p, hyper, clip=clip, bound=bound, seed=own, stochastic=stochastic)

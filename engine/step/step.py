@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers.apply import Bound
+from optimizers.clock import Clocks
 from optimizers.compile import compiled
 from optimizers.contract import Hyper, Optimizer, Params, State, UsageError
 from optimizers.kernel import Kernel, Seeds, make_kernel, rebuild_in_place
@@ -113,6 +114,7 @@ class Step:
         self.previous = torch.tensor(0.0, device=self.device)  # the last step's norm; part of a run's state
         self.missing = Missing(optimizer.owner, state)
         self._kernels: dict[object, Kernel] = {}
+        self.clocks = Clocks()
 
     def __call__(
         self, batches: Sequence[Batch], hypers: Mapping[str, Hyper] | None = None, step: int | None = None
@@ -132,6 +134,10 @@ class Step:
             loss = run(self.chain, {**frozen, **trainable}, batches, self._scale(batches), update.use)
         self.count = step + 1
         return update.finish(loss)
+
+    def watch(self, observer: Observer) -> None:
+        """Tell this observer, and no other one, what the steps from now on do."""
+        self.observer = self.chain.observer = observer
 
     def _seen(self) -> tuple[Params, Params]:
         """The tensors that train now and those that do not, by the names that the segments use.
@@ -237,8 +243,8 @@ class _Update:
     def finish(self, loss: Tensor) -> Result:
         """Move what waited for the global norm, and report."""
         if self.waiting:
-            squares = [g.float().square().sum() for grads in self.waiting for g in grads.values()]
-            self.bound = (self.step.clip_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1)
+            norms = torch._foreach_norm([g for grads in self.waiting for g in grads.values()], 2, torch.float32)
+            self.bound = (self.step.clip_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1)
             while self.waiting:
                 self._move(self.waiting.pop(0))
         norm = torch.cat([s for _, s in self.squares]).sum().sqrt() if self.squares else torch.zeros_like(loss)
@@ -284,7 +290,8 @@ class _Update:
         with self.step.observer.doing("update", "update"):
             drawing = self.step.stochastic_rounding or any(owner[name].rule.draws for name in names)
             seed = self.step.seeds.at(tuple(names), self.count) if drawing else None
-            squares = kernel(list(grads.values()), held, params, hypers, self.bound, seed)
+            clocks, bare = self.step.clocks.of(names, [owner[name].rule for name in names], held)
+            squares = kernel(list(grads.values()), bare, params, hypers, self.bound, seed, clocks)
         self.squares.append((tuple(grads), squares))
 
 

@@ -119,12 +119,13 @@ def by_express(x: Tensor) -> Tensor:
 def composed(s: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
     """The product of all a + b S_i + c S_i^2, S_i being S after the steps before i."""
     eye = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
-    total = eye
-    for a, b, c in coefficients:
+    factor = total = eye
+    for i, (a, b, c) in enumerate(coefficients):
+        if i:
+            s = factor @ s @ factor
+            s = (s + s.mT) / 2
         factor = a * eye + b * s + c * (s @ s)
-        total = factor @ total
-        s = factor @ s @ factor
-        s = (s + s.mT) / 2
+        total = factor @ total if i else factor
     return total
 
 

@@ -54,7 +54,7 @@ def build(name: str, options: AdamW) -> Rule:
         return {**scalars, "exp_avg": moments.first * c1, "exp_avg_sq": moments.second * c2}, "kept"
 
     slots = (*CLOCK, *declare(exp_avg=Kind.FIRST, exp_avg_sq=Kind.SECOND))
-    return Rule(name, options, slots, init, update, export=export, adopt=adopt, elementwise=True)
+    return Rule(name, options, slots, init, update, export=export, adopt=adopt, elementwise=True, betas=betas)
 
 
 adamw = Family("adamw", AdamW, build)

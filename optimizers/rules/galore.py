@@ -121,7 +121,7 @@ def build(name: str, options: GaLore) -> Rule:
         return ~linalg.missing(slots["basis"]).any()
 
     slots = (*CLOCK, *declare(basis=Kind.BASIS, exp_avg=Kind.FIRST, exp_avg_sq=Kind.SECOND))
-    return Rule(name, options, slots, init, update, refresh, update_proj_gap, 0, export, adopt, built)
+    return Rule(name, options, slots, init, update, refresh, update_proj_gap, 0, export, adopt, built, betas=betas)
 
 
 galore = Family("galore", GaLore, build)

@@ -209,7 +209,7 @@ def build(name: str, options: Snsm) -> Rule:
     declared |= {} if second == "none" else {"exp_avg_sq": Kind.SECOND}
     if not subspace:
         slots, alone = (*CLOCK, *declare(**declared)), subset == "coordinate"
-        return Rule(name, options, slots, init, update, export=export, adopt=adopt, elementwise=alone)
+        return Rule(name, options, slots, init, update, export=export, adopt=adopt, elementwise=alone, betas=betas)
     declared |= projections.kinds(proj_type) | ({"stale": Kind.COUNTER} if stale else {})
     offset = update_proj_gap - 1 if compat == "sn-sm" else 0
 
@@ -217,7 +217,8 @@ def build(name: str, options: Snsm) -> Rule:
         return ~projections.missing(slots).any()
 
     slots = (*CLOCK, *declare(**declared))
-    return Rule(name, options, slots, init, update, refresh, update_proj_gap, offset, export, adopt, built)
+    gap = update_proj_gap
+    return Rule(name, options, slots, init, update, refresh, gap, offset, export, adopt, built, betas=betas)
 
 
 # The paper's names; where they share a setting it is the default above.

@@ -29,7 +29,9 @@ def encoded(new: Slots, seen: Slots, kept: Slots, positive: Collection[str] = ()
     the same object as there. Of the slots in `positive` what is above zero stays so. `seed` (0-d int32) rounds
     stochastically; None rounds to nearest."""
     made: Slots = {}
-    for which, (name, value) in enumerate(new.items()):
+    rounded = [name for name, t in kept.items() if name + SCALE in kept or t.dtype == torch.bfloat16]
+    for name, value in new.items():
+        which = rounded.index(name) if name in rounded else 0  # whatever else a rule keeps
         own, scale = kept[name], name + SCALE
         if value is seen[name]:
             made[name] = own

@@ -55,9 +55,10 @@ def subspace(
     """
     holds, inner_gradient = form == "products" or prox > 0, inner.gradient
     age = unused(AGE, [slot.name for slot in inner.slots])
+    own = {P, B, age}
 
     def inside(slots: Slots) -> Slots:
-        return {slot.name: slots[slot.name] for slot in inner.slots}
+        return {slot: t for slot, t in slots.items() if slot not in own}
 
     def init(p: Tensor) -> Slots:
         b = p.new_zeros(p.shape[0], rank, dtype=torch.float32)
