@@ -92,6 +92,9 @@ class RunConfig:
     """Steps between looks at the optimizer's state (stable rank, bases, size of updates: optim/<rule>/); 0: never."""
     check_memory: bool = True
     """Count what the tensors of the last step take, and compare it with what tools.plan predicts."""
+    profile: int = 0
+    """Steps, after the first two, of which a trace is written into the run's folder, for TensorBoard or Perfetto: what
+    each segment and update takes; 0: none."""
     log_every: int = 10
     """Steps between log lines."""
     device: str = "auto"
@@ -103,7 +106,7 @@ class RunConfig:
             self.at_least(name, 1)
         for name in ("keep_last", "log_every"):
             self.at_least(name, 1)
-        for name in ("keep_every", "inspect_every", "rewarm", "patience"):
+        for name in ("keep_every", "inspect_every", "rewarm", "patience", "profile"):
             self.at_least(name, 0)
         if not self.clip_norm > 0:
             raise UsageError(f"--clip-norm must be above 0, got {self.clip_norm}")

@@ -90,6 +90,9 @@ def respelled(config: TrainConfig, words: Sequence[str]) -> list[str]:
             found.append(also.get(flag, flag) + equals + value)
             continue
         value = value if equals else next(rest, "")
+        if hasattr(config, flag[2:]) and value.removeprefix("-").isdigit():  # a flag of every run, which is a number
+            found += [flag, value]
+            continue
         if value not in names:
             raise UsageError(f"{flag}: got {value!r}, expected one of {', '.join(names)}")
         found += [f"--{OPTIMIZER}", names[value]]

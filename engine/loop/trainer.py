@@ -24,10 +24,12 @@ from . import best, shown
 from .counting import counted
 from .ends import Interrupted as Interrupted
 from .ends import NonFiniteError as NonFiniteError
-from .evaluation import evaluate, to_device
+from .evaluation import evaluate
+from .feed import Feed
 from .metrics import Metrics
 from .numbers import NotFinite, Numbers
 from .position import saved_order
+from .profile import Profile
 from .restore import restore
 from .schedule import Schedule, rate_changes
 
@@ -54,6 +56,10 @@ class Trainer:
         self.swapped: int | None = None  # the step at which that was
         background = config.save_async == "on" or (config.save_async == "auto" and step.device.type == "cuda")
         self.saver = Saver(out, config.keep_last, config.keep_every, background)
+        self.feed = Feed(lambda position, rows: self.task.batch(position, rows), step.device)
+        self.profile = Profile(config.profile, out, step.device)
+        if config.profile:
+            step.watch(self.profile)
         self.say: Callable[[str], None] = print
         self.after_evaluation: Callable[[Metrics, int], None] = lambda metrics, step: None
 
@@ -99,7 +105,8 @@ class Trainer:
             while self.done < end:
                 counting = config.check_memory and began < self.done == end - 1  # not in the step that compiles
                 before = time.monotonic()
-                self.numbers.add(self.done, self._counted_step() if counting else self._one_step())
+                with self.profile.step(self.done):
+                    self.numbers.add(self.done, self._counted_step() if counting else self._one_step())
                 self.done += 1
                 self.position += config.micro_batch * config.accumulation
                 rows += config.micro_batch * config.accumulation
@@ -137,6 +144,8 @@ class Trainer:
                     if asked.signum is not None:
                         raise Interrupted(asked.signum, path)
                 rows, since = 0, time.monotonic()  # evaluation and saving are not training time
+        if told := self.profile.finish():
+            self.say(f"profile      {told}")
         if self.saved and self.saved.parent.resolve() != self.out.resolve():  # nothing was left to train
             self.save_now()
         return held_out if held_out and evaluated == self.done else self.evaluate()
@@ -209,13 +218,17 @@ class Trainer:
             self.hypers[name]["lr"].fill_(rate)
             self.hypers[name]["weight_decay"].fill_(self.groups[name].weight_decay)
         self.step.switch(self.done)
-        size = config.micro_batch * config.accumulation
-        first = self.position + (self.step.optimizer.batch(self.done) - self.done) * size
-        batches = [
-            to_device(self.task.batch(first + j * config.micro_batch, config.micro_batch), self.step.device)
-            for j in range(config.accumulation)
-        ]
-        return self.step(batches, self.hypers, self.done)
+        batches = self.feed.batches(self._positions(0), config.micro_batch)
+        result = self.step(batches, self.hypers, self.done)
+        if self.done + 1 < config.steps:
+            self.feed.read(self._positions(1), config.micro_batch)
+        return result
+
+    def _positions(self, later: int) -> list[int]:
+        """Where the micro-batches of this step, or of one so much later, begin in the data."""
+        step, rows, count = self.done + later, self.config.micro_batch, self.config.accumulation
+        first = self.position + (self.step.optimizer.batch(step) - self.done) * rows * count
+        return [first + j * rows for j in range(count)]
 
     def _counted_step(self) -> Result:
         result, self.measured = counted(self.step, self._one_step)
