@@ -5,10 +5,17 @@ python -m tools.bench update    optimizer updates alone, over torch.optim.AdamW(
 python -m tools.bench polar     exact polar factors of moments: time over Newton-Schulz's five steps, and errors
 python -m tools.bench refresh   rebuilding subspace bases: the randomized range finder against the exact SVD
 python -m tools.bench stagger   the slowest training step against the median, bases rebuilt in turn and all at once
+python -m tools.bench gpu       on CUDA: correctness, waits, speed, peaks, saving, resuming (--help has its flags)
 python -m tools.bench ends      starting, resuming and swapping: counted peaks over what training holds
 """
 
 import sys
+
+if sys.argv[1:2] == ["gpu"]:  # before what a GPU's Python may lack is imported
+    from .gpu.command import main as gpu
+
+    raise SystemExit(gpu(sys.argv[2:]))
+
 from typing import Annotated
 
 import torch
