@@ -24,7 +24,7 @@ multiplies W, not B. Moments may also be kept, or carried over (m <- r/in m P_ol
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Rso(Wrapper):
     form: str
     projection: str
     moments: str
+    blanks: dict[object, Tensor] = field(default_factory=dict, repr=False)  # made once, and seen in every step
 
     def init(self, params: Params, step: int = 0, shared: State | None = None) -> State:
         last = max(step - 1, 0)
@@ -69,17 +70,16 @@ class Rso(Wrapper):
             if name not in self.subspaces:
                 (trainable if trains(state, name) else frozen)[name] = w
                 continue
-            stem, zero = name.removesuffix("weight"), w.detach().new_zeros(())
-            b = zero.expand(w.shape[0], self.rank)
+            stem = name.removesuffix("weight")
             if not trains(state, name):  # frozen by a mask, with its product merged
-                p = zero.expand(w.shape[1], self.rank)
-                if name in self.base.singly:  # beside others that train: laid out as they are, or compiled apart
-                    p, b = p.contiguous(), b.contiguous() if self.form == "products" else b
-                frozen |= {name: w, f"{stem}P": p, f"{stem}B": b}
+                laid_out = name in self.base.singly  # beside others that train: as they are, or compiled apart
+                p = self._blank(w, w.shape[1], laid_out)
+                frozen |= {name: w, f"{stem}P": p}
+                frozen[f"{stem}B"] = self._blank(w, w.shape[0], laid_out and self.form == "products")
                 continue
             slots = state[name]
             frozen |= {name: w, f"{stem}P": slots[P]}
-            b = slots[B].detach() if self.form == "products" else b
+            b = slots[B].detach() if self.form == "products" else self._blank(w, w.shape[0]).detach()
             trainable[f"{stem}B"] = b.requires_grad_()  # always, or evaluation would be compiled apart
         return trainable, frozen
 
@@ -160,6 +160,14 @@ class Rso(Wrapper):
             w = params[name]
             seen[name] = w.new_zeros((), dtype=torch.float32).expand(w.shape[0], self.rank)
         return seen
+
+    def _blank(self, w: Tensor, rows: int, laid_out: bool = False) -> Tensor:
+        """Zeros (rows, r) that stand where nothing is read; those that are not `laid_out` are one number."""
+        kind = rows, laid_out, w.dtype, w.device, type(w)
+        if kind not in self.blanks:
+            zero = w.detach().new_zeros(()).expand(rows, self.rank)
+            self.blanks[kind] = zero.contiguous() if laid_out else zero
+        return self.blanks[kind]
 
     def _own(self, name: str) -> tuple[str, ...]:
         """The slots that are not those of `base`."""
