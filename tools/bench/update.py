@@ -1,5 +1,6 @@
 """Optimizer updates alone, every rule as its recipe runs it."""
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from optimizers.rules.muon import muon
 from optimizers.rules.sgd import sgd
 from optimizers.rules.snsm import adam_sn, adam_snsm, rmsprop_sn, snsm
 from optimizers.rules.sumo import sumo
+from optimizers.storage.stored import MomentsDtype, stored
 
 from .libraries import Library, Named, held, missing, others, stepping
 from .timing import ratio, report, timed
@@ -29,6 +31,8 @@ from .timing import ratio, report, timed
 LINEAR = ", Linear weights only"
 BASE = "torch AdamW(foreach)"
 PLUGGED = ("adamw", "galore", "adam_snsm svd", "sumo")  # rules whose torch.optim class is a side too
+SHORT: tuple[MomentsDtype, ...] = ("bf16", "int8")
+KEPT = ("adamw", "muon", "adam_snsm svd", "sumo")  # rules whose state is also kept in fewer bytes
 
 SHOWN = {"CPU ms": "CPU ms", "ratio": "ratio", "over ours": "to ours", "state MB": "state MB"}
 NOTES = (
@@ -46,6 +50,8 @@ class UpdateBench:
     against: tuple[Library, ...] = ("torch",)
     """Libraries whose optimizers take part, in turn with the others; one that is not installed is said to be missing.
     Of torch AdamW(foreach), over which ratios are, is always there."""
+    only: str = ""
+    """A regular expression: the sides that take part, by its being found in their names."""
     rounds: int = 9
     threads: int = 1
     json: Path | None = None
@@ -74,13 +80,14 @@ def bench_update(config: UpdateBench) -> None:
             sides |= theirs(library, config.rank, params, grads)
     if BASE not in sides:
         sides[BASE] = theirs("torch", config.rank, params, grads)[BASE]
+    sides = {name: side for name, side in sides.items() if name == BASE or re.search(config.only, name)}
     seconds = timed({name: side.run for name, side in sides.items()}, config.rounds, time.process_time)
     rows: list[dict[str, object]] = [
         {
             "side": name,
             "CPU ms": statistics.median(seconds[name]) * 1e3,
             "ratio": ratio(seconds, name, BASE),
-            "over ours": ratio(seconds, name, side.like) if side.like else "",
+            "over ours": ratio(seconds, name, side.like) if side.like in sides else "",
             "state MB": side.state() / 1e6,
         }
         for name, side in sides.items()
@@ -106,6 +113,10 @@ def ours(rank: int, params: Named, grads: Named) -> dict[str, Side]:
     sides = {name: updating(*pair, params, grads) for name, pair in rules.items()}
     for name in PLUGGED:
         sides[f"{name}, torch.optim"] = plugged(rules[name][0], rank, params, grads)._replace(like=name)
+    for name in KEPT:
+        for dtype in SHORT:
+            rule, rest = (stored(one, dtype, "bf16") for one in rules[name])
+            sides[f"{name}, state in {dtype}"] = updating(rule, rest, params, grads)._replace(like=name)
     weights = {n: p for n, p in params.items() if linear(n)}
     for name in ("muon", "sumo"):
         sides[name + LINEAR] = updating(rules[name][0], adamw(), weights, grads)
@@ -146,12 +157,13 @@ def updating(rule: Rule, rest: Rule, params: Named, grads: Named) -> Side:
                 s.update(r.refresh(grads[name], s, fold(0, name))[0])
         kind = tuple(rules), tuple(p.shape for p in own)
         kernel = kernels.setdefault(kind, compiled(make_kernel(rules)))
-        calls.append((kernel, [grads[n] for n in names], slots, own, [hyper] * len(names)))
+        seeds = torch.arange(len(names), dtype=torch.int32) if any(r.draws for r in rules) else None
+        calls.append((kernel, [grads[n] for n in names], slots, own, [hyper] * len(names), seeds))
     bound = torch.tensor(1.0)
 
     def run() -> None:
-        for kernel, g, s, p, h in calls:
-            kernel(g, s, p, h, bound, None)
+        for kernel, g, s, p, h, seeds in calls:
+            kernel(g, s, p, h, bound, seeds)
 
     return Side(run, lambda: sum(state_bytes(slots) for call in calls for slots in call[2]))
 
