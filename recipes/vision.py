@@ -323,5 +323,5 @@ def vits(preset: str) -> dict[str, Any]:
 
 
 # Ours, for two cores.
-SMALL_RESNET: Mapping[str, Any] = {"lr": 0.1, "weight_decay": 1e-3, "floor": 0.0, "epochs": 4.0}
+SMALL_RESNET: Mapping[str, Any] = {"lr": 0.1, "weight_decay": 1e-3, "floor": 0.0, "epochs": 2.0}
 SMALL_VIT: Mapping[str, Any] = {"lr": 2e-3, "weight_decay": 0.05, "floor": 0.0, "epochs": 4.0}
