@@ -1,5 +1,7 @@
 """A pseudo-random order of the rows, new in each epoch, of which any place is found at once."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -38,6 +40,14 @@ def spaced(rows: int, limit: int | None) -> Ints:
     """At most `limit` of range(rows), evenly spaced and always the same ones, ascending; int64."""
     count = rows if limit is None else min(limit, rows)
     return (2 * np.arange(count, dtype=np.int64) + 1) * rows // (2 * max(count, 1))
+
+
+def filled(rows: int, limit: int | None, size: int) -> Iterator[list[int]]:
+    """The same numbers, or all, in lists of `size`; the last list is filled up with blanks, numbered -1."""
+    chosen = spaced(rows, limit).tolist()
+    for first in range(0, len(chosen), size):
+        numbers = chosen[first : first + size]
+        yield numbers + [-1] * (size - len(numbers))
 
 
 def order(seed: int, epoch: int, n: int, positions: Ints) -> Ints:

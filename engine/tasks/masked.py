@@ -18,7 +18,7 @@ from optimizers.contract import UsageError
 from optimizers.random import fold
 
 from ..data.chat.packing import EIGHTHS, supervised
-from ..data.order import Epochs, Ints, spaced
+from ..data.order import Epochs, Ints, filled
 from ..data.pairs import Encoded
 from ..step.segments import Batch, Chain
 from ..step.tokens import SUPERVISED
@@ -57,10 +57,8 @@ class MaskedRows:
 
     def evaluation(self, size: int, limit: int | None) -> Iterator[Batch]:
         """`limit` rows evenly spaced, or all, always masked the same way; the last batch is filled up with blanks."""
-        chosen = spaced(len(self.encoded), limit).tolist()
-        for first in range(0, len(chosen), size):
-            numbers = chosen[first : first + size]
-            yield self._batch(numbers + [-1] * (size - len(numbers)), [HELD_OUT] * size)
+        for numbers in filled(len(self.encoded), limit, size):
+            yield self._batch(numbers, [HELD_OUT] * size)
 
     def _batch(self, numbers: Sequence[int], epochs: Sequence[int]) -> Batch:
         fields = self.encoded.rows(numbers, self.length, self.pad)

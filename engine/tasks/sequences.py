@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.segment import IGNORED
 from optimizers.random import fold
 
-from ..data.order import Epochs, spaced
+from ..data.order import Epochs, filled
 from ..data.pairs import Encoded
 from ..step.segments import Batch, Chain, Segment, cut
 from ..task import Sum, Sums, Task
@@ -63,10 +63,8 @@ class RowTask(Task):
         return self._batch(self.train, self.epochs.which(position, count).tolist())
 
     def evaluation(self, count: int) -> Iterator[Batch]:
-        chosen = spaced(len(self.held_out), self.most).tolist()
-        for first in range(0, len(chosen), count):
-            numbers = chosen[first : first + count]
-            yield self._batch(self.held_out, numbers + [-1] * (count - len(numbers)))
+        for numbers in filled(len(self.held_out), self.most, count):
+            yield self._batch(self.held_out, numbers)
 
     def evaluate(self, chain: Chain, params: Mapping[str, Tensor], batch: Batch) -> Sums:
         loss, count, said = chain.judged(dict(params), batch, {"outputs": outputs})

@@ -1,9 +1,6 @@
 """A masked language model, from a published encoder and plain text to a checkpoint."""
 
-import os
 import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.glue import model, sentence
-from helpers.runs import assert_identical, column, finish, here, newest, refused, start
+from helpers.grids import few
+from helpers.runs import assert_identical, column, here, interrupted, killed, newest, refused
 
 from engine.data.pairs import PairTokenizer
 from engine.tasks.masked import MaskedTask, blank
@@ -56,16 +54,14 @@ def test_it_trains_on_plain_text_and_is_an_encoder_again(folder: Path) -> None:
 
 
 @pytest.mark.run
-@pytest.mark.slow
-def test_a_killed_run_ends_as_one_that_was_left_alone(folder: Path) -> None:
-    """What is hidden, dropout and the order of the rows go on where a kill -9 cut them off."""
+@pytest.mark.parametrize("end", few(["interrupted", "killed"], "interrupted"))
+def test_a_run_that_was_cut_off_ends_as_one_that_was_left_alone(folder: Path, end: str) -> None:
+    """What is hidden, dropout and the order of the rows go on where they were, after Ctrl-C and after kill -9."""
     line = f"{LINE} --validation held.jsonl --eval-every 50 --save-every 2 --schedule constant --warmup 0"
-    process = start(folder, f"{line} --out parts --steps 4000")
-    until = time.monotonic() + 200
-    while not (folder / "parts/step-00000004").exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert finish(process).code == -signal.SIGKILL
+    if end == "killed":
+        killed(folder, f"{line} --out parts --steps 4000", "parts/step-00000004")
+    else:
+        interrupted(folder, f"{line} --out parts --steps 4000", 4)
     last = max(int(path.name[5:]) for path in (folder / "parts").glob("step-*")) + 5
     for flags in ("--out parts --resume auto", "--out whole"):
         done = here(folder, f"{line} {flags} --steps {last}")

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from helpers.runs import TINY, Done, column, corpus, finish, here, newest, start, tool
+from helpers.runs import TINY, Done, column, corpus, here, newest, tool
 
 from engine import checkpoint
 from recipes.registry import trained_by
@@ -156,7 +156,7 @@ def test_a_swap_that_would_not_happen_is_an_error(trained, flags):
 def test_a_run_goes_on_under_another_optimizer(trained):
     """--swap-at: one folder, one curve, two optimizers."""
     line = f'baseline {TINY} --eval-every 10 --out swapped --swap-at 8 "sumo demo --rank 4 --lr 1e-3"'
-    done = finish(start(trained, line))
+    done = here(trained, line)
     assert done.code == 0, done.err
     assert "resuming swapped/step-00000008 at step 8" in done.out
     assert [step for step, _ in column(trained / "swapped", "train/loss")] == list(range(1, 21))

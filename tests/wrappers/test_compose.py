@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.grids import few
 from helpers.models import copied
 from torch import Tensor
 
@@ -102,7 +103,20 @@ COMPOSED: dict[str, tuple[Callable[[Params], Optimizer], str]] = {
     ),
     "omgd over rso over sgd without state": (lambda p: masked(low(plain(p, sgd(0.0)), p), p), "merged"),
 }
-each = pytest.mark.parametrize("name", COMPOSED)
+FAST = (  # every wrapper and policy, inside and outside, three deep
+    "omgd over rso, products, keep",
+    "omgd over rso, warm-up, keep",
+    "rso over omgd over galore",
+    "omgd over masks of tensors",
+    "omgd keep over omgd drop",
+    "omgd offload over omgd keep",
+    "lisa keep over omgd keep",
+    "omgd keep over rso over omgd keep",
+    "rso over omgd keep over omgd keep",
+    "omgd, joint order, over omgd keep",
+    "omgd over rso over sgd without state",
+)
+each = pytest.mark.parametrize("name", few(COMPOSED, *FAST))
 
 
 def engine(name: str, weights: Params | None = None, state: State | None = None) -> Step:

@@ -13,7 +13,7 @@ from models.segment import IGNORED
 from optimizers.contract import UsageError
 
 from ..losses import several
-from ..order import Epochs, Ints, spaced
+from ..order import Epochs, Ints, filled
 from .reader import Examples, best_fit
 
 Longer = Literal["refuse", "cut", "leave-out"]
@@ -118,10 +118,8 @@ class Packed:
     def evaluation(self, size: int, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
         """`limit` rows (all by default), evenly spaced and always the same ones, as batches like `batch`'s. The last
         batch is filled up with rows without any target."""
-        chosen = spaced(len(self.rows), limit).tolist()
-        for first in range(0, len(chosen), size):
-            numbers = chosen[first : first + size]
-            yield _stack([self._row(k) for k in numbers + [-1] * (size - len(numbers))])
+        for numbers in filled(len(self.rows), limit, size):
+            yield _stack([self._row(k) for k in numbers])
 
     def _row(self, k: int) -> tuple[Ints, Ints, Ints, Ints]:
         """Row k as input_ids, targets, positions and documents, (sequence,) each; -1 is a blank."""
