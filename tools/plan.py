@@ -4,8 +4,10 @@
     python -m tools.plan baseline --model 7b --optimizer galore --rank 1024 --precision bf16 --device cuda
     python -m tools.plan snsm 1b --model 7b --rank 1024 --micro-batch 4 --fit 24GiB     what to change so that it fits
 
---fit SIZE         propose recompute, then a smaller micro-batch (more of them: as many tokens a step), then a smaller
-                   rank or fewer active layers, until the peak is below SIZE (24GiB, 800MiB, 16GB)
+--fit SIZE         propose recompute, then a smaller micro-batch (more of them: as many tokens a step), then bases and
+                   moments in fewer bytes, then another --rest, then a smaller rank or fewer active layers, until the
+                   peak is below SIZE (24GiB, 800MiB, 16GB)
+--paper-units      a second table: weights and state as papers count them, in bf16, beside what they say
 --json             the same as JSON
 --help             after a recipe's name: its own flags
 --vocabulary N     tokens that the model knows; by default those of --tokenizer, or without one the preset's
@@ -26,13 +28,20 @@ from rich.table import Table
 
 from engine.terminal.command import pasted, typed
 from engine.terminal.output import printable
-from optimizers.contract import UsageError, idle
+from optimizers.contract import Kind, UsageError, idle
+
+from . import paper_units
 
 if TYPE_CHECKING:
     from engine.planner.plan import Plan
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SMALLER = ("rank", "active")  # flags that trade quality for memory, tried last
+SHORTER = {  # flags by which the state takes fewer bytes, what loses least first
+    "bases_dtype": ("fp32", "bf16"),
+    "moments_dtype": ("fp32", "bf16", "int8"),
+    "rest": ("adamw", "adam_sn", "scale"),
+}
 LEAST = 4  # no rank below this is proposed
 Config = Any  # a recipe's frozen dataclass
 
@@ -43,12 +52,13 @@ class Asked(NamedTuple):
     fit: int | None
     json: bool
     vocabulary: int
+    paper_units: bool
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code. The recipe's own parser reads its flags, and --help after a recipe's name lists them."""
     printable()
-    usage = f"usage: {typed()} RECIPE [ITS FLAGS] [--fit SIZE] [--json] [--vocabulary N]"
+    usage = f"usage: {typed()} RECIPE [ITS FLAGS] [--fit SIZE] [--json] [--vocabulary N] [--paper-units]"
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"{usage}\n\n{__doc__}")
         return 0
@@ -67,12 +77,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def own_flags(arguments: Sequence[str]) -> tuple[Asked, list[str]]:
     """This tool's flags, wherever they stand, and the rest. Raises UsageError."""
-    fit, as_json, vocabulary, rest = None, False, 0, list[str]()
+    fit, as_json, vocabulary, papers, rest = None, False, 0, False, list[str]()
     words = iter(arguments)
     for word in words:
         flag, _, value = word.partition("=")
         if flag == "--json" and not value:
             as_json = True
+        elif flag == "--paper-units" and word == flag:
+            papers = True
         elif flag in ("--fit", "--vocabulary"):
             value = value if "=" in word else next(words, "")
             try:
@@ -84,7 +96,7 @@ def own_flags(arguments: Sequence[str]) -> tuple[Asked, list[str]]:
                 raise UsageError(f"{flag}: {error}") from None
         else:
             rest.append(word)
-    return Asked(fit, as_json, vocabulary), rest
+    return Asked(fit, as_json, vocabulary, papers), rest
 
 
 def size(text: str) -> int:
@@ -105,7 +117,7 @@ def positive(text: str) -> int:
 
 def answer(config: Config, asked: Asked) -> int:
     """Plan `config`, print, and look for what fits. Returns the exit code. Raises UsageError."""
-    from recipes.plan import device_of, planned  # slow to import
+    from recipes.plan import device_of, in_paper_units, planned  # slow to import
 
     def measure(config: Config) -> "Plan":
         return planned(config, asked.vocabulary)
@@ -116,6 +128,11 @@ def answer(config: Config, asked: Asked) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
     if not asked.json:
         show(first, device, console, "what a run holds at its peak, from start-up to the last save")
+    if asked.paper_units:
+        ours = in_paper_units(config, asked.vocabulary)
+        content["paper_units"] = ours._asdict()
+        if not asked.json:
+            paper_units.show(ours, "" if asked.vocabulary else paper_units.published_as(config), console)
     if limit is not None:
         need = gib(first.bytes)
         said, content["fits"], content["limit"] = f"{need} fits in {gib(limit)}", fits, limit
@@ -147,6 +164,14 @@ def candidates(config: Config) -> Iterator[Iterator[Config]]:
     counts = [n for n in range(config.micro_batch - 1, 0, -1) if sequences % n == 0]
     yield (replaced(recomputed, micro_batch=n, accumulation=sequences // n) for n in counts)
     least = replaced(recomputed, micro_batch=1, accumulation=sequences)
+    for name, wanted in SHORTER.items():
+        now = getattr(config, name, None)
+        if now not in wanted or (name == "bases_dtype" and not config.rule().names(Kind.BASIS)):
+            continue
+        shorter = [replaced(least, **{name: value}) for value in wanted[wanted.index(now) + 1 :]]
+        if shorter:
+            yield iter(shorter)
+            least = shorter[-1]
     options = getattr(config, "options", None)  # of the rule, where a recipe has one
     for name in SMALLER:
         inside = not hasattr(config, name)

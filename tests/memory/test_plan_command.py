@@ -11,7 +11,10 @@ from helpers.runs import Done, tool
 
 from engine.planner.plan import Plan
 from engine.tasks.config import LanguageConfig
-from tools.plan import changed, halves, main, positive, proposal, size
+from recipes.plan import in_paper_units
+from recipes.registry import parsed
+from tools.paper_units import PUBLISHED, published_as
+from tools.plan import candidates, changed, halves, main, own_flags, positive, proposal, size
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,3 +113,43 @@ def test_a_proposal_is_planned_to_fit_and_is_the_mildest():
         assert measure(found[0]).bytes <= limit
         assert found[0].micro_batch * found[0].accumulation == 8
     assert proposal(config, needs[True, 1] // 2, measure) is None
+
+
+@pytest.mark.parametrize(("flags", "method"), [("adamw", "Adam"), ("scale --rest scale", "SCALE")])
+@pytest.mark.parametrize("model", ["60m", pytest.param("7b", marks=pytest.mark.slow)])
+def test_weights_and_state_in_the_units_of_papers_are_what_papers_say(flags, method, model):
+    config = parsed(shlex.split(f"baseline --model {model} --optimizer {flags}"), "")
+    ours, said = in_paper_units(config), PUBLISHED[model][method][0]
+    assert (ours.weights + ours.state) / 1e9 == pytest.approx(said, abs=0.006)
+    assert published_as(config) == model
+
+
+def test_in_the_units_of_papers_a_byte_is_a_byte_and_anything_longer_is_two():
+    def counted(flags: str) -> int:
+        return in_paper_units(parsed(shlex.split(f"baseline {flags}"), "")).state
+
+    whole, halves, bytes_ = (counted(f"--moments-dtype {kept}") for kept in ("fp32", "bf16", "int8"))
+    assert whole == halves
+    assert 0.5 * whole < bytes_ < 0.52 * whole
+
+
+def test_the_table_of_papers_is_asked_for_by_a_flag_and_is_for_their_sizes():
+    asked, rest = own_flags(["baseline", "--paper-units", "--lr", "1"])
+    assert asked.paper_units and rest == ["baseline", "--lr", "1"]
+    assert not own_flags(["baseline"])[0].paper_units
+    assert published_as(parsed(["baseline", "--model", "60m", "--size.hidden-size", "256"], "")) == ""
+
+
+def test_fewer_bytes_for_the_same_state_are_proposed_before_a_smaller_rank():
+    config = parsed(shlex.split("sumo demo --micro-batch 1 --accumulation 1 --recompute"), "")
+    tried = [changed(config, c) for group in candidates(config) for c in group]
+    assert tried[:3] == [
+        "--bases-dtype bf16",
+        "--moments-dtype bf16 --bases-dtype bf16",
+        "--moments-dtype int8 --bases-dtype bf16",
+    ]
+    assert "--rest adam_sn" in tried[3] and "--rest scale" in tried[4]
+    assert all("--rank" in flags and "--rest scale" in flags for flags in tried[5:]) and len(tried) > 5
+    plain = parsed(shlex.split("baseline --micro-batch 1 --accumulation 1 --recompute --moments-dtype bf16"), "")
+    tried = [changed(plain, c) for group in candidates(plain) for c in group]
+    assert tried[0] == "--moments-dtype int8", "AdamW has no bases, and bf16 is there already"
