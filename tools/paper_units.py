@@ -83,6 +83,7 @@ def show(ours: "PaperUnits", model: str, console: Console) -> None:
 
 def published_as(config: object) -> str:
     """The model that papers have, which this run trains: "" where its sizes or its vocabulary are its own."""
-    size, init = getattr(config, "size", None), getattr(config, "init", None)
-    own = init is not None or size != type(size)() or getattr(config, "tokenizer", "byte") != "byte"
+    size: object = getattr(config, "size", None)
+    shaped = any(value is not None for value in vars(size).values()) if size is not None else False
+    own = shaped or getattr(config, "init", None) is not None or getattr(config, "tokenizer", "byte") != "byte"
     return "" if own else str(getattr(config, "model", ""))
