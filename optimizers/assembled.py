@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import plugged
 from .contract import Group, Hyper, Optimizer, Params, Slots, State, UsageError
 from .groups import Groups, rule_of
 from .missing import Missing
@@ -57,6 +58,32 @@ class Assembled:
             state |= optimizer.init({name: torch.empty_like(p, device="meta") for name, p in pairs}, count + 1)
         return state
 
+    def put(self, groups: Groups, kept: dict[Any, Slots], state: Mapping[str, Slots]) -> None:
+        """Take over a state that fits: into the tensors that are there, and where there are none, as copies."""
+        for name, p in (pair for group in groups for pair in named(group)):
+            if name not in state:
+                kept.pop(p, None)
+            elif p in kept and plugged.form(kept[p]) == plugged.form(state[name]):
+                plugged.copy_slots(kept[p], state[name])
+            else:
+                kept[p] = {slot: t.to(p.device, copy=True) for slot, t in state[name].items()}
+        there = {name: kept[p] for group in groups for name, p in named(group) if p in kept}
+        for missing in self.missing.values():
+            missing.look(there)
+
+    def switch(self, groups: Groups, kept: dict[Any, Slots]) -> None:
+        """What a wrapper changes before the next step: parameters in place, and what has state."""
+        params = {name: p for group in groups for name, p in named(group)}
+        plain, there = {n: p.detach() for n, p in params.items()}, {n: kept[p] for n, p in params.items() if p in kept}
+        moved, state = self.optimizers[0].switch(plain, there, groups[0]["count"], key_of(groups[0]))
+        for name, p in params.items():
+            if moved[name] is not plain[name]:
+                plain[name].copy_(moved[name])
+            kept.pop(p, None)
+            if name in state:
+                kept[p] = state[name]
+        self.missing[0].look(state)
+
     def hyper(self, i: int, group: Mapping[str, Any], device: torch.device) -> Hyper:
         """lr and weight_decay of a group as 0-d tensors, which are filled and stay the same: nothing compiles anew."""
         if (i, device) not in self._hypers:
@@ -66,6 +93,14 @@ class Assembled:
         for name, t in hyper.items():
             t.copy_(group[name]) if isinstance(group[name], Tensor) else t.fill_(group[name])
         return hyper
+
+
+def freeze(groups: Groups, kept: Mapping[Any, Slots], masked: bool) -> None:
+    """Where a wrapper masks: ask for gradients of what trains now, and of nothing else that it holds."""
+    for p in (p for group in groups for p in group["params"] if masked):
+        p.requires_grad_(p in kept)
+        if not p.requires_grad:
+            p.grad = None
 
 
 def named(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -101,6 +101,20 @@ def groups_from(given: Given, wanted: Wanted, frozen: dict[str, Tensor], taken: 
     return made
 
 
+def numbered(groups: Groups, before: Groups, added: int) -> Groups:
+    """The groups as torch takes them, behind those that were there `before`: each has a name of its own, names apart
+    from tensors, the number of its addition, and a clock."""
+    called = [group["name"] for group in before]
+    for group in groups:
+        same = sum(name.partition("#")[0] == group["name"] for name in called)
+        group["name"] += f"#{same + 1}" if same else ""
+        called.append(group["name"])
+        group["param_names"] = [name for name, _ in group["params"]]
+        group["params"] = [p for _, p in group["params"]]
+        group |= {"added": added, "count": 0}
+    return groups
+
+
 def _explicit(group: Mapping[str, Any], name: str) -> bool:
     """Does a group say whose it is?"""
     return bool(group.keys() & {"rule", "options", "proj_type", *fields(name)})

@@ -94,6 +94,16 @@ def check_owned(state: Mapping[Any, Any], names: Mapping[Tensor, str], masked: b
         )
 
 
+def check_left(left: Mapping[str, Tensor], state: Mapping[Any, Any]) -> None:
+    """Raises UsageError for a parameter that was left out, as it was frozen, and is not frozen any more."""
+    for name, p in left.items():
+        if p.requires_grad and not any(p is other for other in state):
+            raise UsageError(
+                f"{name}: was frozen when the optimizer was made, and requires a gradient now; train it too with "
+                f'add_param_group({{"params": [({name!r}, p)]}}), or freeze it'
+            )
+
+
 def checked(given: Mapping[str, Slots], expected: State) -> Mapping[str, Slots]:
     """A state that is to be loaded. Raises UsageError unless names, slots, shapes and dtypes are as expected."""
     given = {**{name: {} for name, slots in expected.items() if not slots}, **given}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import plugged
-from .assembled import Assembled, Wrap, key_of, named
+from .assembled import Assembled, Wrap, freeze, named
 from .contract import Family, Group, State, UsageError
-from .groups import Given, Groups, Wanted, groups_from
+from .groups import Given, Groups, Wanted, groups_from, numbered
 from .in_backward import PREVIOUS, Hooks, InBackward, check_alone
 from .motion import Kernels, Motion
 from .state import Slots
@@ -149,8 +149,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def receipt(self) -> str:
         """Who trains what: a line a group, and what the state takes."""
-        left = {name: p for name, ref in self._left.items() if (p := ref()) is not None}
-        return plugged.receipt(self.param_groups, self.named_state(), left)
+        return plugged.receipt(self.param_groups, self.named_state(), self._still_there())
 
     def named_state(self) -> State:
         """The state by the names of the parameters, as the engine keeps it; the tensors are those of the optimizer."""
@@ -241,15 +240,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if not any(group["params"] for group in groups):
             raise UsageError("params: every parameter is frozen (requires_grad=False); unfreeze what is to be trained")
         self._left |= {name: weakref.ref(p) for name, p in frozen.items()}
-        called = [group["name"] for group in before]
-        for group in groups:
-            same = sum(name.partition("#")[0] == group["name"] for name in called)
-            group["name"] += f"#{same + 1}" if same else ""
-            called.append(group["name"])
-            group["param_names"] = [name for name, _ in group["params"]]
-            group["params"] = [p for _, p in group["params"]]
-            group |= {"added": added, "count": 0}
-        return groups
+        return numbered(groups, before, added)
 
     def _ready(self) -> None:
         """What neither the groups nor a copy have."""
@@ -285,21 +276,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name, slots in state.items():
             self.state[params[name]] = slots
         self._made.missing[added].look(state)
-        self._freeze()
+        freeze(self.param_groups, self.state, self._wrap is not None)
 
     def _put(self, state: Mapping[str, Slots]) -> None:
         """Take over a state that fits: into the tensors that are there, and where there are none, as copies."""
-        for group in self.param_groups:
-            for name, p in named(group):
-                if name not in state:
-                    self.state.pop(p, None)
-                elif p in self.state and plugged.form(self.state[p]) == plugged.form(state[name]):
-                    plugged.copy_slots(self.state[p], state[name])
-                else:
-                    self.state[p] = {slot: t.to(p.device, copy=True) for slot, t in state[name].items()}
-        for missing in self._made.missing.values():
-            missing.look(self.named_state())
-        self._freeze()
+        self._made.put(self.param_groups, self.state, state)
+        freeze(self.param_groups, self.state, self._wrap is not None)
 
     def _begin(self) -> Motion:
         """A step begins: with `step`, or in backward with the first gradient that is complete."""
@@ -326,26 +308,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _switch(self) -> None:
         """What a wrapper changes for the next step: now, so that the next forward saves nothing for a frozen layer."""
         count = self.param_groups[0]["count"]
-        if not self._wrap or not (optimizer := self._made.optimizers[0]).switches(count):
+        if not self._wrap or not self._made.optimizers[0].switches(count):
             return
-        params = {name: p for group in self.param_groups for name, p in named(group)}
-        plain, key = {n: p.detach() for n, p in params.items()}, key_of(self.param_groups[0])
-        moved, state = optimizer.switch(plain, self.named_state(), count, key)
-        for name, p in params.items():
-            if moved[name] is not plain[name]:
-                plain[name].copy_(moved[name])
-            self.state.pop(p, None)
-            if name in state:
-                self.state[p] = state[name]
-        self._made.missing[0].look(state)
-        self._freeze()
-
-    def _freeze(self) -> None:
-        """Ask for gradients of what trains now, and of nothing else that a wrapper holds."""
-        for p in (p for group in self.param_groups for p in group["params"] if self._wrap):
-            p.requires_grad_(p in self.state)
-            if not p.requires_grad:
-                p.grad = None
+        self._made.switch(self.param_groups, self.state)
+        freeze(self.param_groups, self.state, masked=True)
 
     def _check(self) -> None:
         """Raises UsageError where groups, parameters or state are not what they were when the optimizer was made."""
@@ -356,12 +322,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         plugged.check_owned(self.state, names, masked=self._wrap is not None)
         for p, name in names.items():
             plugged.check_dense(name, p.grad)
-        for name, ref in self._left.items():
-            if (left := ref()) is not None and left.requires_grad and not any(left is p for p in self.state):
-                raise UsageError(
-                    f"{name}: was frozen when the optimizer was made, and requires a gradient now; train it too with "
-                    f'add_param_group({{"params": [({name!r}, p)]}}), or freeze it'
-                )
+        plugged.check_left(self._still_there(), self.state)
+
+    def _still_there(self) -> dict[str, Tensor]:
+        """What was frozen when the optimizer was made, by name."""
+        return {name: p for name, ref in self._left.items() if (p := ref()) is not None}
 
     def _idle(self) -> bool:
         """Is there nothing to do, as every rate and every gradient is 0, or there is no gradient?"""

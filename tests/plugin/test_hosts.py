@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimizers import torch_optim
+from optimizers import InBackward, torch_optim
 
 STEPS, BREAK, LR, MICRO = 20, 11, 1e-2, 4
 OPTIONS = {"rank": 4, "update_proj_gap": 6}
@@ -89,6 +89,27 @@ def test_transformers_trainer(way, tmp_path):
     net = model()
     trainer(net, tmp_path, way).train()
     close(net.losses)
+
+
+@needs("transformers", "accelerate")
+@pytest.mark.parametrize("micro", [1, 2], ids=["whole batches", "accumulation 2"])
+def test_transformers_trainer_in_backward(micro, tmp_path):
+    """No gradient is left when the Trainer comes to clip and to step, and the weights are those of the same without."""
+    ends = []
+    for given in ({}, {"in_backward": InBackward(micro)}):
+        net = model()
+        opt = torch_optim.SUMO(net, lr=LR, **OPTIONS, **given)
+        left: list[int] = []
+        opt.register_step_pre_hook(
+            lambda *_, net=net, left=left: left.append(sum(p.grad is not None for p in net.parameters()))
+        )
+        sizes = {"per_device_train_batch_size": MICRO // micro, "gradient_accumulation_steps": micro}
+        made = trainer(net, tmp_path, "an optimizer", **sizes)
+        made.optimizer = opt
+        made.train()
+        assert len(left) == STEPS and (any(left) == (not given))
+        ends.append((net.losses, [p.detach() for p in net.parameters()]))
+    assert ends[0][0] == ends[1][0] and all(torch.equal(p, q) for p, q in zip(ends[0][1], ends[1][1], strict=True))
 
 
 @needs("transformers", "accelerate")
@@ -186,7 +207,7 @@ def test_trl_sft_goes_on_from_its_checkpoint(tmp_path):
     close(again.losses, BREAK)
 
 
-def lightning_module(automatic: bool):
+def lightning_module(automatic: bool, **options):
     from lightning import LightningModule
 
     class Module(LightningModule):
@@ -203,7 +224,7 @@ def lightning_module(automatic: bool):
             return opt.step()
 
         def configure_optimizers(self):
-            return torch_optim.SUMO(self.net, lr=LR, **OPTIONS)
+            return torch_optim.SUMO(self.net, lr=LR, **OPTIONS, **options)
 
     return Module()
 
@@ -233,6 +254,15 @@ def test_lightning(automatic, tmp_path):
 
 
 @needs("lightning", "transformers")
+def test_lightning_in_backward_is_manual(tmp_path):
+    module = lightning_module(False, in_backward=InBackward())
+    lightning_trainer(tmp_path).fit(module, loader())
+    close(module.net.losses)
+    with pytest.raises(ValueError, match="Lightning: manual optimization"):
+        lightning_trainer(tmp_path).fit(lightning_module(True, in_backward=InBackward()), loader())
+
+
+@needs("lightning", "transformers")
 def test_lightning_goes_on_from_its_checkpoint(tmp_path):
     module, file = lightning_module(True), tmp_path / "half.ckpt"
     half = lightning_trainer(tmp_path, BREAK)
@@ -244,15 +274,17 @@ def test_lightning_goes_on_from_its_checkpoint(tmp_path):
 
 
 @needs("accelerate", "transformers")
+@pytest.mark.parametrize("given", [{}, {"in_backward": True}], ids=["behind backward", "in backward"])
 @pytest.mark.parametrize("micro", [1, 4], ids=["whole batches", "accumulation 4"])
-def test_accelerate(micro, tmp_path):
+def test_accelerate(micro, given, tmp_path):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro)
+    given = {"in_backward": InBackward(micro)} if given else {}
 
     def started():
         net = model()
-        return accelerator.prepare(net, torch_optim.SUMO(net, lr=LR, **OPTIONS))
+        return accelerator.prepare(net, torch_optim.SUMO(net, lr=LR, **OPTIONS, **given))
 
     net, opt = started()
     losses: list[float] = []
