@@ -116,15 +116,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
         Where every learning rate is 0 and every gradient too, nothing happens: no clock advances and nothing is drawn.
         Under `in_backward` most have moved by now, and gradients are gone afterwards. Raises UsageError where the
-        parameters are not those that the optimizer was made for, and for a closure under `in_backward`.
+        parameters are not those that the optimizer was made for. A closure is called once, at the start.
         """
         loss = None
         if closure is not None:
-            if self._hooks:
-                raise UsageError(
-                    "step: got a closure, expected none: under in_backward weights move while it runs; call backward, "
-                    "then step() (in Lightning: manual optimization)"
-                )
             with torch.enable_grad():
                 loss = closure()
         begun = self._hooks.motion if self._hooks else None

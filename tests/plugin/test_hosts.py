@@ -254,12 +254,11 @@ def test_lightning(automatic, tmp_path):
 
 
 @needs("lightning", "transformers")
-def test_lightning_in_backward_is_manual(tmp_path):
-    module = lightning_module(False, in_backward=InBackward())
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+def test_lightning_in_backward(automatic, tmp_path):
+    module = lightning_module(automatic, in_backward=InBackward())
     lightning_trainer(tmp_path).fit(module, loader())
     close(module.net.losses)
-    with pytest.raises(ValueError, match="Lightning: manual optimization"):
-        lightning_trainer(tmp_path).fit(lightning_module(True, in_backward=InBackward()), loader())
 
 
 @needs("lightning", "transformers")
