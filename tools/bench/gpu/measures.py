@@ -100,13 +100,13 @@ def speed(run: Callable[[], object], size: str, device: torch.device, tokens: in
 
 def memory(method: str, size: str, device: torch.device, tokens: int, recompute: bool) -> Row:
     """The peak of two steps, allocated and reserved, and what the plan says of them."""
+    bare, cpu = sides.bare(size), torch.device("cpu")
+    chosen = sides.optimizer(method, bare, size)
 
     def built() -> Built:
-        cpu = torch.device("cpu")
-        made = sides.model(size, cpu)
-        chosen = sides.optimizer(method, made, size)
-        params: dict[str, Tensor] = {name: p for name, p in made.named_parameters() if not p.is_meta}
-        return Built(cut(made), params, chosen, lambda rows: sides.batch(size, cpu, tokens))
+        bare.allocate(cpu)
+        params: dict[str, Tensor] = {name: p for name, p in bare.named_parameters() if not p.is_meta}
+        return Built(cut(bare), params, chosen, lambda rows: sides.batch(size, cpu, tokens))
 
     config = RunConfig(precision="bf16", recompute=recompute, micro_batch=1)
     planned = plan(built, config, device.type)

@@ -26,11 +26,17 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}  # dense
 LR = 1e-3
 
 
-def model(size: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Llama:
-    """Drawn where it trains: the host would take minutes for the large ones."""
+def bare(size: str, dtype: torch.dtype = torch.bfloat16) -> Llama:
+    """A model without memory."""
     with torch.device("meta"):
         made = Llama(SIZES[size])
-    made.to(dtype).allocate(device)
+    return made.to(dtype)
+
+
+def model(size: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Llama:
+    """Drawn where it trains: the host would take minutes for the large ones."""
+    made = bare(size, dtype)
+    made.allocate(device)
     with torch.no_grad():
         for p in made.parameters():
             nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
