@@ -23,6 +23,7 @@ from optimizers.random import Key, fold
 from . import backward
 from .gradients import reciprocal
 from .observer import Observer
+from .processes import ALONE, Processes
 from .randomness import Draws
 from .segments import Batch, Chain, Segment
 from .tokens import valid
@@ -68,16 +69,18 @@ class Step:
         key: Key = Key(0),  # noqa: B008 (an int)
         observer: Observer | None = None,
         compiler: Callable[[Any], Any] = compiled,
+        processes: Processes = ALONE,
     ) -> None:
         """`params` holds the tensors to train under the full names that the segments use; `key` is that of all draws.
 
         `clip`: "tensor" bounds each gradient's norm by `clip_norm`; "global" the norm of all, for which all must exist
         before the first update; "previous" scales by what the previous step's global norm asks for, at no cost in
         memory. `observer` is told what the step does; `compiler` is what mode "segments" compiles with. A parameter
-        that no group owns is frozen: the segments see it, and nothing moves it.
+        that no group owns is frozen: the segments see it, and nothing moves it. Of several `processes` each makes such
+        a step, from equal weights and with equal settings, and trains on its own micro-batches of the step.
 
         Raises UsageError where segments and `params` do not name the same tensors, and for a parameter that requires a
-        gradient and is owned by nobody.
+        gradient and is owned by nobody; with several processes, for buffers that training changes.
         """
         self.device = next(iter(params.values())).device
         self.observer, self.compiler = observer or Observer(), compiler if mode == "segments" else None
@@ -99,6 +102,12 @@ class Step:
                 f"parameter {lost[0]!r} requires a gradient, and is owned by no group of the optimizer; give it one, "
                 "or freeze it with requires_grad_(False)"
             )
+        if self.buffers and processes.world > 1:
+            raise UsageError(
+                f"buffer {next(iter(self.buffers))!r} changes in training, and would differ from process to process; "
+                "such a model, with batch norms for example, trains in one process only"
+            )
+        self.processes, self.agreed = processes, processes.world == 1
         self.recompute, self.clip, self.key = recompute, clip, key
         self.stochastic_rounding, self.seeds = stochastic_rounding, Seeds(key, self.device)
         groups = {group.name: group for group in optimizer.owner.values()}
@@ -119,11 +128,15 @@ class Step:
     def __call__(
         self, batches: Sequence[Batch], hypers: Mapping[str, Hyper] | None = None, step: int | None = None
     ) -> Result:
-        """Train on `batches`, the micro-batches of step `step` (by default the one after the last).
+        """Train on `batches`, the micro-batches of step `step` (by default the one after the last). Of several
+        processes, number r of n has those at the places r, r + n, ... of all, at least one.
 
         `hypers` holds 0-d lr and weight_decay by group, or some of them: the others are the groups' own. Raises
         UsageError for a group that is not there, and for a loss that does not add over several micro-batches.
+        With several processes the first call raises it where they do not train the same.
         """
+        if not self.agreed:
+            self._agree()
         step = self.count if step is None else step
         trainable, frozen = self._seen()
         self.chain.resting = frozenset(name for name, p in frozen.items() if p.requires_grad)
@@ -131,13 +144,28 @@ class Step:
         run = backward.recomputed if self.recompute else backward.stored
         self.chain.train()
         with self.chain.draws.of(fold(self.key, "forward", step)):
-            loss = run(self.chain, {**frozen, **trainable}, batches, self._scale(batches), update.use)
+            seen = {**frozen, **trainable}
+            loss = run(self.chain, seen, batches, self._scale(batches), update.use, self.processes)
         self.count = step + 1
         return update.finish(loss)
 
     def watch(self, observer: Observer) -> None:
         """Tell this observer, and no other one, what the steps from now on do."""
         self.observer = self.chain.observer = observer
+
+    def _agree(self) -> None:
+        """Raises UsageError where another process trains something else. Waits for the device."""
+        owner = self.optimizer.owner
+        said = {
+            "torch": torch.__version__,
+            "the model": [(name, tuple(p.shape), str(p.dtype)) for name, p in self.params.items()],
+            "the optimizer": [(n, g.name, g.rule.name, g.rule.options, g.lr, g.weight_decay) for n, g in owner.items()],
+            "clipping": (self.clip, self.clip_norm.item()),
+            "the seed": (int(self.key), self.stochastic_rounding),
+            "the sum of weights": torch.stack([p.detach().double().sum() for p in self.params.values()]).tolist(),
+        }
+        self.processes.agree(said, self.device)
+        self.agreed = True
 
     def _seen(self) -> tuple[Params, Params]:
         """The tensors that train now and those that do not, by the names that the segments use.
@@ -206,7 +234,7 @@ class Step:
         """What a loss without a count is multiplied by: 1 / valid targets of the step, or 1 for a mean."""
         if not self.chain.segments[-1].tokens:
             return torch.ones((), device=self.device)
-        return reciprocal(valid(batches))
+        return reciprocal(self.processes.total(valid(batches)))
 
     def kernel(self, names: tuple[str, ...]) -> Kernel:
         """The update of these parameters, shared by all sets of parameters with the same rules, shapes and dtypes."""
