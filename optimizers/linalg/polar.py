@@ -130,19 +130,23 @@ def composed(s: Tensor, coefficients: tuple[tuple[float, float, float], ...]) ->
 
 
 def newton_schulz(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Approximate polar factor of x (..., m, n) by Muon's quintic iteration, computed and returned in `dtype`."""
+    """Approximate polar factor of x (..., m, n) by Muon's quintic iteration, computed and returned in `dtype`.
+
+    A tall x is multiplied from the right, where torch.optim.Muon transposes it, computes the same and transposes back:
+    then the result lies as x does. (Read across, in bfloat16, by the kernel that rounds weights stochastically, it came
+    out as NaN in places on AVX-512: torch 2.13's inductor.)
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    transposed = x.shape[-2] > x.shape[-1]
+    across = x.shape[-2] > x.shape[-1]
     o = (x / unit(x)).to(dtype)  # exact: the norm of a matrix of any size neither overflows nor vanishes
-    o = o.mT if transposed else o
     o = o / o.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     shape, o = o.shape, o.flatten(0, -3) if o.ndim > 2 else o
     fused = torch.baddbmm if o.ndim > 2 else torch.addmm  # one rounding for a sum and a product, as torch.optim.Muon
     for _ in range(steps):
-        gram = o @ o.mT
-        o = fused(o, fused(gram, gram, gram, beta=b, alpha=c), o, beta=a)
-    o = o.reshape(shape)
-    return o.mT if transposed else o
+        gram = o.mT @ o if across else o @ o.mT
+        factor = fused(gram, gram, gram, beta=b, alpha=c)
+        o = fused(o, o, factor, beta=a) if across else fused(o, factor, o, beta=a)
+    return o.reshape(shape)
 
 
 def by_newton_schulz(x: Tensor) -> Tensor:
