@@ -1,6 +1,7 @@
 """The theory of RSO on problems small enough to solve; its toys and its presets."""
 
 import pytest
+import torch
 from helpers.subspace import KINDS
 
 from optimizers.contract import UsageError
@@ -60,7 +61,13 @@ def test_the_toy_prints_its_tables_and_draws(tmp_path, capsys):
 def test_presets_have_galores_ranks_and_periods():
     got = {name: (c.rank, c.period) for name, (_, c) in RECIPES.items() if type(c) is Rso and name != "demo"}
     assert got == {"60m": (128, 200), "130m": (256, 200), "350m": (256, 200), "1b": (512, 200), "7b": (1024, 500)}
+    shapes = {
+        "model.embed_tokens.weight": (8, 4),
+        "model.layers.0.mlp.up_proj.weight": (4, 4),
+        "model.norm.weight": (4,),
+    }
+    params = {name: torch.empty(shape) for name, shape in shapes.items()}
     for _, config in RECIPES.values():
         if type(config) is Rso:
             config.check()
-            assert {group.name for group in config.groups({})} == {"rso", "adamw-norms", "adamw-rest"}
+            assert {group.name for group in config.groups(params)} == {"rso", "adamw-norms", "adamw-rest"}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from engine.arithmetic import FIXED, WORKSPACE
+from engine.terminal.command import typed
 from optimizers.registry import RULES
 
 from . import measures, sides
@@ -73,7 +74,7 @@ def _speeds(device: torch.device, size: str, tokens: int) -> Iterator[tuple[str,
 
 def main(words: Sequence[str]) -> int:
     """Measure until the time is up; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"{typed()} gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no row after so many (default 9)")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and table.md")
     parser.add_argument("--only", default="", help="measure only tables whose title contains this")
