@@ -22,7 +22,7 @@ demo: $(READY)   ## Train a small model with SUMO, SNSM and AdamW, in about 5 mi
 quick: $(READY)  ## Run the tests of the inner loop in about a minute: nothing that compiles, trains a run or starts a process
 	$(PYTEST) -q -m "not slow and not run and not compiles" -n $(WORKERS) --dist worksteal
 
-test: $(READY)   ## Run the tests without the slow ones, in about 6 minutes on two cores
+test: $(READY)   ## Run the tests without the slow ones, in about 7 minutes on two cores
 	$(PYTEST) -q -n $(WORKERS) --dist worksteal
 
 slow: $(READY)   ## Run the slow tests alone, in about half an hour on two cores
