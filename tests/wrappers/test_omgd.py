@@ -223,7 +223,8 @@ def test_steps_are_those_of_torch_with_gradients_switched_on_and_off(replacement
         return cross_entropy(logits, data["targets"].flatten(), ignore_index=-100)
 
     adamw_by_hand(expected, loss, layer_of, masks.active, rate, **options)
-    assert distance(step.params, expected) < 3e-4  # fresh moments divide by small gradients: 1.1e-4 with AVX-512
+    anew = not replacement and policy == "drop" and not rising  # most first steps at a full rate: 1.1e-4 with AVX-512
+    assert distance(step.params, expected) < (3e-4 if anew else 1e-4)
 
 
 # Compilation.

@@ -166,9 +166,5 @@ def resumes(method: str, device: torch.device, size: str, steps: int = 6) -> Row
             for slot, t in slots.items():
                 t.copy_(saved.state[name][slot])
         go(again, steps // 2, steps)
-    differ = [name for name, p in straight.params.items() if not _equal(p, again.params[name])]
+    differ = [name for name, p in straight.params.items() if not torch.equal(p, again.params[name])]
     return {"equal to the bit": not differ, "first that differs": next(iter(differ), "")}
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a, b))
